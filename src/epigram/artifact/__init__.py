@@ -1,0 +1,1 @@
+"""The single file that ships: container, tensors, tokenizer, codecs, and the arithmetic of the cap."""

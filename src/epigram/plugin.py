@@ -1,0 +1,40 @@
+"""The folder is the registry: a part is chosen by the name of its file.
+
+`attention = "sdpa"` loads `epigram.attention.sdpa`. Adding a backend, codec, quantizer or data source means adding
+one file; nothing is registered, and a library is imported only when the part that needs it is chosen.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from types import ModuleType
+
+from epigram.errors import UserError
+
+_SHARED = {"base"}  # files in a plugin folder that hold what the plugins share
+
+
+def names(package: str) -> list[str]:
+    """Names that can be chosen in `package` (for example "epigram.attention"), sorted; imports no plugin."""
+    folder = importlib.import_module(package)
+    found = (module.name for module in pkgutil.iter_modules(folder.__path__))
+    return sorted(name for name in found if name not in _SHARED and not name.startswith("_"))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import plugin `name` of `package`.
+
+    Raises UserError when there is no such plugin, or when a library that it needs is not installed.
+    """
+    if name not in names(package):
+        kind = package.rsplit(".", 1)[-1]
+        raise UserError(f"there is no {name!r} in {kind}: choose one of {', '.join(names(package))}")
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "epigram":
+            raise
+        raise UserError(
+            f"{name!r} needs the library {error.name!r}, which is not installed: pip install {error.name}, "
+            f"or choose another of {', '.join(names(package))}"
+        ) from error

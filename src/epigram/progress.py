@@ -1,0 +1,78 @@
+"""Progress for anything that takes longer than two seconds: a bar on a terminal, a plain line elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+_QUIET_S = 2.0  # shorter work shows nothing
+_LINE_EVERY_S = 5.0  # between plain lines where output is no terminal
+
+
+class Progress:
+    """Context manager that reports how far a piece of work is, on standard error.
+
+    `total` is in the same unit as `advance`; without it only the count and the rate are shown.
+    """
+
+    def __init__(self, description: str, total: float | None = None, unit: str = "") -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0.0
+        self._start_s = self._last_line_s = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._last_line_s != self._start_s and kind is None:
+            self._line()
+
+    def advance(self, amount: float = 1) -> None:
+        """`amount` more is done."""
+        self.update(self.done + amount)
+
+    def update(self, done: float) -> None:
+        """`done` of `total` is done."""
+        self.done = done
+        now_s = time.monotonic()
+        if now_s - self._start_s < _QUIET_S:
+            return
+        if sys.stderr.isatty():
+            self._show_bar()
+        elif now_s - self._last_line_s >= _LINE_EVERY_S:
+            self._last_line_s = now_s
+            self._line()
+
+    def _show_bar(self) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self.description, total=self.total)
+            self._bar.start()
+        self._bar.update(self._task, completed=self.done)
+
+    def _line(self) -> None:
+        elapsed_s = time.monotonic() - self._start_s
+        rate = self.done / max(elapsed_s, 1e-9)
+        share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        left = f", {(self.total - self.done) / max(rate, 1e-9):.0f} s left" if self.total else ""
+        print(
+            f"{self.description}: {self.done:,.0f} {self.unit}{share}, {rate:,.1f}/s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
