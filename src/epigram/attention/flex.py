@@ -1,0 +1,70 @@
+"""Attention through `torch.nn.attention.flex_attention`: whole tiles outside the window are never touched (CUDA).
+
+The tile map of a causal band has a closed form, so it is built from a few small tensors inside the compiled graph
+instead of by evaluating the mask at every pair of positions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from epigram.attention.base import Request
+
+_TILE = 128
+
+
+def check(request: Request) -> str | None:
+    """CUDA from compute capability 8.0 on, in half precision or float32."""
+    if request.device_type != "cuda":
+        return "flex attention is for CUDA devices; sdpa is right here"
+    if request.capability is not None and request.capability < (8, 0):
+        return f"flex attention needs compute capability 8.0, this device has {request.capability}"
+    if request.head_dim < 16 or request.head_dim & (request.head_dim - 1):
+        return f"flex attention needs a head size that is a power of two of at least 16, not {request.head_dim}"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """See `epigram.attention.base`."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    mask = block_mask(num_queries, num_keys, window, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
+
+
+def block_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> BlockMask:
+    """The tiles of a causal band of `window` (0: the whole prefix): which are computed, and which need no mask."""
+    offset = num_keys - num_queries
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        position = query + offset
+        inside = key <= position
+        return inside & (key >= position - window) if window else inside
+
+    rows = torch.arange(-(-num_queries // _TILE), device=device)[:, None]
+    columns = torch.arange(-(-num_keys // _TILE), device=device)[None, :]
+    first = rows * _TILE + offset  # first and last position of the row of tiles
+    last = (first + _TILE - 1).clamp(max=num_keys - 1)
+    left, right = columns * _TILE, columns * _TILE + _TILE - 1
+    touched = left <= last
+    full = right <= first
+    if window:
+        touched = touched & (right >= first - window)
+        full = full & (left >= last - window)
+    partial = touched & ~full
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial),
+        *_ordered(full),
+        BLOCK_SIZE=_TILE,
+        mask_mod=visible,
+        seq_lengths=(num_queries, num_keys),
+    )
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of chosen tiles in each row, and their columns first: (1, 1, rows) and (1, 1, rows, columns) int32."""
+    count = tiles.sum(-1, dtype=torch.int32)
+    order = torch.argsort(tiles.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], order[None, None]

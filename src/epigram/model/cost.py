@@ -1,0 +1,31 @@
+"""Closed-form sizes and operation counts, before anything is computed."""
+
+from epigram.model.config import ModelConfig
+
+
+def visible_keys(seq_len: int, window: int) -> float:
+    """Mean number of keys that a position of a window of `seq_len` tokens sees; `window` 0 is the whole prefix."""
+    if not window or window >= seq_len:
+        return (seq_len + 1) / 2
+    # The first `window` positions see 1..window keys, the others window + 1.
+    return (window * (window + 1) / 2 + (seq_len - window) * (window + 1)) / seq_len
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """Floating-point operations of the forward by part, a multiply-add counted as two.
+
+    "matrices": q, k, v, output, MLP. "attention": logits and weighted values over the keys that are really visible.
+    "head": the tied output product. "projections": bigram and value embeddings. Training costs three times as much.
+    """
+    c = config
+    per_layer = c.model_dim * (c.query_dim + 2 * c.kv_dim) + c.query_dim * c.model_dim + 2 * c.model_dim * c.mlp_dim
+    keys = sum(visible_keys(seq_len, c.layer_window(layer)) for layer in range(c.num_layers))
+    projections = (c.model_dim * c.bigram_dim if c.bigram_buckets else 0) + (
+        c.kv_dim * c.value_embed_dim if c.value_embed_layers else 0
+    )
+    return {
+        "matrices": 2.0 * per_layer * c.num_layers,
+        "attention": 4.0 * c.query_dim * keys,
+        "head": 2.0 * c.vocab_size * c.model_dim,
+        "projections": 2.0 * projections,
+    }

@@ -1,0 +1,70 @@
+"""Sampling against closed forms, and the streams against the uncached forward."""
+
+import pytest
+import torch
+from golden_model import golden, golden_model
+
+from epigram.model.generate import Sampling, draw, probabilities, sample_batch, stream
+
+LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]]))
+
+
+def test_plain_sampling_is_the_softmax() -> None:
+    torch.testing.assert_close(probabilities(LOGITS, Sampling(temperature=1.0)), LOGITS.exp())
+    hot = probabilities(LOGITS, Sampling(temperature=2.0))
+    torch.testing.assert_close(hot, LOGITS.exp().sqrt() / LOGITS.exp().sqrt().sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
+        ({"top_k": 9}, [0.5, 0.25, 0.125, 0.125]),
+        ({"top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.6}, [2 / 3, 1 / 3, 0, 0]),
+        ({"top_p": 0.8}, [4 / 7, 2 / 7, 1 / 7, 0]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+    ],
+)
+def test_truncated_distributions(settings: dict, expected: list[float]) -> None:
+    found = probabilities(LOGITS, Sampling(**({"temperature": 1.0} | settings)))
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
+
+
+def test_draws_follow_the_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(LOGITS.expand(20_000, -1), Sampling(temperature=1.0), generator).flatten()
+    share = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(share, LOGITS.exp()[0], atol=0.015, rtol=0)
+
+
+def test_greedy_stream_equals_the_uncached_argmax() -> None:
+    model, prompt = golden_model(), golden()["short.input_ids"][0, :20].tolist()
+    expected = list(prompt)
+    for _ in range(30):
+        # The stream's rotary base is that of context_len = 96; below the reference length it is the same.
+        expected.append(int(model.logits(model(torch.tensor([expected])))[0, -1].argmax()))
+    assert list(stream(model, prompt, 30, Sampling(temperature=0.0), context_len=96)) == expected[20:]
+
+
+def test_seed_decides_and_banned_tokens_never_come() -> None:
+    model, prompt = golden_model(), [5, 6, 7]
+    runs = [list(stream(model, prompt, 40, Sampling(seed=s), context_len=64)) for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    common = max(set(runs[0]), key=runs[0].count)
+    assert common not in list(stream(model, prompt, 40, Sampling(seed=1), context_len=64, banned=[common]))
+
+
+def test_batch_of_samples_is_what_the_model_predicts() -> None:
+    """At temperature 0 each token after the first is the argmax of the full forward over what came before."""
+    model = golden_model()
+    tokens = torch.cat(list(sample_batch(model, 3, 25, Sampling(temperature=0.0), banned=[0, 1])), dim=1)
+    assert tokens.shape == (3, 25)
+    logits = model.logits(model(tokens))
+    logits[..., :2] = float("-inf")
+    assert torch.equal(logits[:, :-1].argmax(-1), tokens[:, 1:])
+
+
+def test_bad_settings_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="temperature = -1.*top_k = -2.*top_p = 0"):
+        Sampling(temperature=-1, top_k=-2, top_p=0)
