@@ -1,0 +1,135 @@
+"""Averages of the weights over training, which replace them at its end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from epigram.optim.base import not_among, outside, refuse, restore
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """mode: "ema" or "none". In parameter-golf #1212: decay 0.997 a step, from the start, without warm-up.
+
+    start_step: number of updates during which the average only follows the weights. decay_warmup: after n
+    averaged steps the decay is at most (1 + n) / (10 + n), so that a short run forgets its beginning.
+    """
+
+    mode: str
+    decay: float = 0.997
+    start_step: int = 0
+    decay_warmup: bool = False
+
+    def __post_init__(self) -> None:
+        problems = not_among("average.mode", self.mode, MODES)
+        problems += outside("average.decay", self.decay, 0, 1)
+        problems += outside("average.start_step", self.start_step, 0)
+        refuse(problems)
+
+
+class Average(Protocol):
+    """What every mode offers."""
+
+    def update(self) -> None: ...
+    def copy_to(self) -> None: ...
+    def swap(self) -> None: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Ema:
+    """Exponential moving average of `params` in float32, started from their values, without bias correction.
+
+    After each step average <- decay * average + (1 - decay) * weight, as one multi-tensor operation.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], decay: float, *, start_step: int = 0, decay_warmup: bool = False
+    ) -> None:
+        assert 0 <= decay <= 1
+        assert params
+        self._params = dict(params)
+        self._averages = {name: _float32_copy(tensor) for name, tensor in params.items()}
+        self._num_updates = torch.zeros((), dtype=torch.int64)  # on the host: nothing on the device needs it
+        self._decay = decay
+        self._start_step = start_step
+        self._decay_warmup = decay_warmup
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        averages = list(self._averages.values())
+        averaged_steps = int(self._num_updates) - self._start_step
+        self._num_updates += 1
+        if averaged_steps < 0:
+            torch._foreach_copy_(averages, self._weights())
+            return
+        weights = [weight.float() for weight in self._weights()]
+        decay = self._decay
+        if self._decay_warmup:
+            decay = min(decay, (1 + averaged_steps) / (10 + averaged_steps))
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_to(self) -> None:
+        """Overwrite the weights with the average, rounded to each weight's dtype."""
+        torch._foreach_copy_(self._weights(), list(self._averages.values()))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average, to look at the average in mid-training; call again to undo.
+
+        Exact for float32 weights.
+        """
+        weights = [_float32_copy(tensor) for tensor in self._params.values()]
+        self.copy_to()
+        torch._foreach_copy_(list(self._averages.values()), weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as a flat dict of live tensors: clone what has to outlast the next step."""
+        return {"num_updates": self._num_updates, **{f"average.{k}": v for k, v in self._averages.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a saved state in; UserError, and nothing changed, when names, shapes or dtypes differ."""
+        restore(self.state_dict(), state, "this average of the weights")
+
+    def _weights(self) -> list[Tensor]:
+        return [tensor.detach() for tensor in self._params.values()]
+
+
+class NoAverage:
+    """Mode "none": the weights stand for themselves."""
+
+    def update(self) -> None:
+        """Nothing to take in."""
+
+    def copy_to(self) -> None:
+        """The weights already are what they should be."""
+
+    def swap(self) -> None:
+        """Nothing to exchange."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises UserError when there is a state: it belongs to a run that averages."""
+        restore({}, state, "a run without averaging")
+
+
+MODES = ("ema", "none")
+
+
+def average_of(params: Mapping[str, Tensor], config: AverageConfig) -> Average:
+    """The average of `params` that `config` asks for."""
+    if config.mode == "none":
+        return NoAverage()
+    return Ema(params, config.decay, start_step=config.start_step, decay_warmup=config.decay_warmup)
+
+
+def _float32_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True)

@@ -1,0 +1,235 @@
+"""Muon: momentum whose every matrix is replaced by its nearest orthogonal one, for banks of weight matrices.
+
+A bank is a 3-D parameter (layers, all rows, cols) whose rows split into matrices (q, k and v, say). One step:
+
+1. momentum m <- mu m + g over each whole bank, and the Nesterov update u = g + mu m;
+2. u is written into batches of equally shaped matrices, over all banks; a matrix with more rows than columns
+   goes in transposed, so that `up` and `down` share a batch; each batch is orthogonalised by one sequence of
+   products;
+3. w <- w (1 - lr wd) - lr kappa u, with a learning rate per layer and kappa = sqrt(max(1, rows / cols)).
+
+The step reads learning rate and momentum from device tensors and never asks the device for a value: it can be
+captured in a CUDA graph. Source: Jordan's Muon; banks and batching from parameter-golf #399, rates by layer
+from #1130.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from epigram.optim.base import Group, not_among, outside, refuse
+from epigram.optim.orthogonalize import MAX_ITERATIONS, coefficients, normalize_rows, orthogonalize
+from epigram.roles import ParameterRole
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Settings of Muon. In parameter-golf #1212: lr_early 0.024, lr_late 0.019, weight_decay 0.04.
+
+    lr_early, lr_late: base learning rates of the layers below and from num_layers // 2. weight_decay:
+    decoupled, times the learning rate. num_iterations, coefficients: of Newton-Schulz, "quintic" or
+    "polar_express". normalize_rows: MuonEq-R. dtype, momentum_dtype: of the orthogonalisation and of the
+    stored momentum; "auto" is bfloat16 on a GPU that has it and float32 elsewhere (on a CPU a bfloat16
+    product takes some 200 times longer).
+    """
+
+    lr_early: float
+    lr_late: float
+    weight_decay: float
+    num_iterations: int = 5
+    coefficients: str = "quintic"
+    normalize_rows: bool = False
+    dtype: str = "auto"
+    momentum_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        problems = not_among("muon.coefficients", self.coefficients, MAX_ITERATIONS)
+        problems += not_among("muon.dtype", self.dtype, ["auto", *_DTYPES])
+        problems += not_among("muon.momentum_dtype", self.momentum_dtype, ["auto", *_DTYPES])
+        for name in ("lr_early", "lr_late", "weight_decay"):
+            problems += outside(f"muon.{name}", getattr(self, name), 0)
+        most = MAX_ITERATIONS.get(self.coefficients, 100)
+        problems += outside("muon.num_iterations", self.num_iterations, 1, most)
+        refuse(problems)
+
+
+class Segment(NamedTuple):
+    """The matrices of one split of one bank over a run of layers; they lie at equal distances in memory."""
+
+    bank: str
+    layers: tuple[int, int]  # first, stop
+    rows: tuple[int, int]  # first, stop, of the bank's axis 1
+    cols: int
+
+    @property
+    def num_matrices(self) -> int:
+        return self.layers[1] - self.layers[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def kappa(self) -> float:
+        """Factor of the update that makes its size independent of the shape for tall matrices."""
+        return math.sqrt(max(1.0, self.num_rows / self.cols))
+
+    def of(self, bank: Tensor) -> Tensor:
+        """View (matrices, rows, cols) of a tensor shaped like the bank."""
+        return bank[self.layers[0] : self.layers[1], self.rows[0] : self.rows[1]]
+
+    def oriented(self, matrices: Tensor) -> Tensor:
+        """View that turns the bank's orientation into the batch's (short side first), and back."""
+        return matrices.mT if self.num_rows > self.cols else matrices
+
+
+class Batch(NamedTuple):
+    """Segments whose matrices have equal short and long sides and are orthogonalised together."""
+
+    short: int
+    long: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_matrices(self) -> int:
+        return sum(segment.num_matrices for segment in self.segments)
+
+
+def batches(
+    roles: Mapping[str, ParameterRole],
+    shapes: Mapping[str, Sequence[int]],
+    owned: Mapping[str, tuple[int, int]] | None = None,
+) -> tuple[Batch, ...]:
+    """Plan which matrices are orthogonalised together: one batch per shape, the largest shape first.
+
+    roles, shapes: of the banks, shapes (layers, rows, cols). owned: for each bank the layers (first, stop)
+    that this process updates when several share the work, possibly none (first == stop); all layers without
+    it.
+    """
+    by_shape: dict[tuple[int, int], list[Segment]] = {}
+    for bank, role in roles.items():
+        num_layers, bank_rows, cols = shapes[bank]
+        assert role.kind == "matrix", bank
+        assert num_layers == role.num_layers > 0, bank
+        assert sum(rows for _, rows in role.splits) == bank_rows, bank
+        layers = (0, num_layers) if owned is None else owned[bank]
+        start = 0
+        for _, rows in role.splits:
+            segment = Segment(bank, layers, (start, start + rows), cols)
+            if segment.num_matrices:
+                by_shape.setdefault((min(rows, cols), max(rows, cols)), []).append(segment)
+            start += rows
+    ordered = sorted(by_shape.items(), key=lambda item: (item[0][0] * item[0][1], item[0]), reverse=True)
+    return tuple(Batch(short, long, tuple(segments)) for (short, long), segments in ordered)
+
+
+class Muon:
+    """Muon over the banks of `groups`, which give each layer its learning rate and weight decay."""
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        roles: Mapping[str, ParameterRole],
+        groups: Sequence[Group],
+        config: MuonConfig,
+    ) -> None:
+        self._banks = {name: named[name] for name in _bank_names(groups)}
+        device = next(iter(self._banks.values())).device if self._banks else torch.device("cpu")
+        self._normalize_rows = config.normalize_rows
+        self._triples = coefficients(config.coefficients, config.num_iterations)
+        self._dtype = resolve_dtype(config.dtype, device)
+        momentum_dtype = resolve_dtype(config.momentum_dtype, device)
+        self._momentum = {name: torch.zeros_like(bank, dtype=momentum_dtype) for name, bank in self._banks.items()}
+        shapes = {name: tuple(bank.shape) for name, bank in self._banks.items()}
+        self._plan = batches({name: roles[name] for name in self._banks}, shapes)
+        self._set_factors(_rates_by_layer(groups, shapes), device)
+
+    def _set_factors(self, rates: Mapping[str, Sequence[tuple[float, float]]], device: torch.device) -> None:
+        """Pack -lr wd of all layers of all banks, then -lr kappa of all matrices in the order of the plan."""
+        segments = [segment for batch in self._plan for segment in batch.segments]
+        decays = [-lr * decay for bank in self._banks for lr, decay in rates[bank]]
+        steps = [-lr * seg.kappa for seg in segments for lr, _ in rates[seg.bank][slice(*seg.layers)]]
+        self._num_decays = len(decays)
+        self._sizes = [*(len(rates[bank]) for bank in self._banks), *(seg.num_matrices for seg in segments)]
+        self._base_factors = torch.tensor([*decays, *steps], dtype=torch.float32, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live momentum of each bank, shaped like the bank."""
+        return {f"momentum.{name}": momentum for name, momentum in self._momentum.items()}
+
+    @torch.no_grad()
+    def step(self, lr_multiplier: Tensor, momentum: Tensor) -> None:
+        """Update the banks from their gradients. Both arguments: 0-dim float32, on their device."""
+        gradients = {name: _gradient(name, bank) for name, bank in self._banks.items()}
+        decays, steps = map(iter, self._factors(lr_multiplier))
+        for name, bank in self._banks.items():
+            buffer = self._momentum[name]
+            torch.addcmul(gradients[name], buffer, momentum, out=buffer)
+            bank.mul_(next(decays))
+        for batch in self._plan:
+            update = self._nesterov(batch, gradients, momentum)
+            update = orthogonalize(update, self._triples, self._dtype)
+            for segment, matrices in _split(batch, update):
+                weight = segment.of(self._banks[segment.bank])
+                weight.addcmul_(segment.oriented(matrices), next(steps))
+
+    def _factors(self, lr_multiplier: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """1 - lr wd for each bank and -lr kappa for each segment, as (layers, 1, 1)."""
+        factors = self._base_factors * lr_multiplier
+        factors[: self._num_decays] += 1.0
+        parts = [part.view(-1, 1, 1) for part in factors.split(self._sizes)]
+        return parts[: len(self._banks)], parts[len(self._banks) :]
+
+    def _nesterov(self, batch: Batch, gradients: Mapping[str, Tensor], momentum: Tensor) -> Tensor:
+        """The updates g + mu m of a batch, (matrices, short, long), in the compute dtype."""
+        reference = next(iter(gradients.values()))
+        update = reference.new_empty((batch.num_matrices, batch.short, batch.long), dtype=self._dtype)
+        for segment, matrices in _split(batch, update):
+            rows = segment.oriented(matrices)
+            gradient, buffer = segment.of(gradients[segment.bank]), segment.of(self._momentum[segment.bank])
+            torch.addcmul(gradient, buffer, momentum, out=rows)
+            if self._normalize_rows:
+                rows.copy_(normalize_rows(rows))
+        return update
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `name` means on `device`; "auto" is bfloat16 where the GPU multiplies it natively."""
+    if name != "auto":
+        return _DTYPES[name]
+    # Compute capability 8 (Ampere) is the first with bfloat16 products.
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if native else torch.float32
+
+
+def _bank_names(groups: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(part.name for group in groups for part in group.parts))
+
+
+def _rates_by_layer(
+    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[tuple[float, float]]]:
+    """(learning rate, weight decay) of each layer of each bank."""
+    rates = {name: [(math.nan, math.nan)] * shape[0] for name, shape in shapes.items()}
+    for group in groups:
+        for part in group.parts:
+            for layer in range(*(part.layers or (0, shapes[part.name][0]))):
+                rates[part.name][layer] = (group.lr, group.weight_decay)
+    assert not any(math.isnan(lr) for layers in rates.values() for lr, _ in layers)
+    return rates
+
+
+def _split(batch: Batch, stacked: Tensor) -> list[tuple[Segment, Tensor]]:
+    sizes = [segment.num_matrices for segment in batch.segments]
+    return list(zip(batch.segments, stacked.split(sizes), strict=True))
+
+
+def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, f"{name} has no gradient"
+    return parameter.grad
