@@ -1,0 +1,99 @@
+"""Steps of rows: float16 rounding, quantiles, policies and the forecast of their entropy."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epigram.quant.grid import SEARCH_QUANTILES, Grid, gaussian_bits, row_quantiles, storable
+from epigram.quant.report import code_entropy
+
+
+def test_storable_is_a_cast_to_float16_for_every_float16_and_every_midpoint() -> None:
+    values = torch.arange(0x0001, 0x7C00, dtype=torch.int16).view(torch.float16).double()
+    between = ((values[1:] + values[:-1]) / 2).float()
+    for steps in (
+        values.float(),
+        between,
+        between.nextafter(torch.tensor(0.0)),
+        between.nextafter(torch.tensor(1e9)),
+    ):
+        steps = steps.clamp(2**-24, 65504)
+        assert torch.equal(storable(steps), steps.half().float())
+
+
+def test_storable_is_never_zero_and_never_infinite() -> None:
+    steps = storable(torch.tensor([0.0, 1e-30, 2**-26, 1e30, math.inf]))
+    assert (steps.half() > 0).all()
+    assert steps.half().isfinite().all()
+
+
+def test_quantiles_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for cols in (1, 2, 7, 512, 1536, 5000):
+        weight = torch.randn(3, 6, cols, generator=generator).abs()
+        ours = row_quantiles(weight, SEARCH_QUANTILES)
+        for index, quantile in enumerate(SEARCH_QUANTILES):
+            assert torch.equal(ours[:, index], torch.quantile(weight, quantile, dim=-1)), (cols, quantile)
+
+
+def test_candidates_of_search_end_with_max_and_respect_the_floor() -> None:
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.01], [0.2], [3], [9]])
+    steps = Grid(31, "search", floor=1.0).candidates(weight)
+    assert steps.shape == (5, 4)
+    assert (steps[:, :2] == torch.tensor(1 / 31).half().float()).all()  # the floor is active: all five coincide
+    assert (steps[:-1, 2:] <= steps[1:, 2:]).all()
+    assert (steps[0, 2:] < steps[-1, 2:]).all()
+    assert torch.equal(steps[-1:], Grid(31, "max", floor=1.0).candidates(weight))
+    assert torch.equal(steps[-1, 2:], (weight[2:].abs().amax(1) / 31).half().float())
+
+
+def test_codes_round_to_the_nearest_and_stay_on_the_grid() -> None:
+    grid = Grid(3, "max")
+    weight = torch.tensor([[0.24, 0.26, -0.74, 1.6, -9.0]])
+    assert grid.codes(weight, torch.tensor([0.5])).tolist() == [[0, 1, -1, 3, -3]]
+    assert grid.bits == 3
+
+
+@given(
+    st.lists(st.floats(-60000, 60000, width=32), min_size=1, max_size=40),
+    st.sampled_from(["search", "max", "sigma", "quantile"]),
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([1, 15, 127]),
+)
+def test_any_finite_row_gets_usable_steps(row: list[float], clip: str, floor: float, qmax: int) -> None:
+    grid = Grid(qmax, clip, floor=floor, sigma=7.0)
+    weight = torch.tensor([row])
+    for step in grid.candidates(weight):
+        stored = step.half()
+        assert stored.isfinite().all()
+        assert (stored > 0).all()
+        codes = grid.codes(weight, step)
+        assert codes.abs().max() <= qmax
+        if clip == "max":  # nothing is clipped: within half a step, or float16's own spacing where steps are tiny
+            error = (codes * step[:, None] - weight).abs().max()
+            assert error <= 0.5 * step.max() * (1 + qmax * 2**-10) + qmax * 2**-24
+
+
+@pytest.mark.parametrize(("qmax", "k"), [(31, 6.0), (31, 7.0), (31, 12.85), (127, 20.0)])
+def test_sigma_gives_the_predicted_entropy(qmax: int, k: float) -> None:
+    weight = torch.randn(1, 256, 4096, generator=torch.Generator().manual_seed(2)) * 0.3
+    grid = Grid(qmax, "sigma", sigma=k)
+    codes = grid.codes(weight, grid.candidates(weight)[:, 0])
+    measured = float(code_entropy(codes, qmax))
+    forecast = gaussian_bits(k / qmax, qmax)
+    assert measured == pytest.approx(forecast, abs=0.01)  # a million codes, each row by its own deviation
+    rule_of_thumb = grid.bits - math.log2(k) + 1.05  # published; it takes qmax for a power of two
+    assert forecast == pytest.approx(rule_of_thumb, abs=0.06)
+
+
+def test_forecast_against_the_published_sizes() -> None:
+    megabytes = {k: 28_311_552 * gaussian_bits(k / 31, 31) / 8 / 1e6 for k in (6, 7.2, 8, 10, 12.85)}
+    assert megabytes == pytest.approx({6: 15.6, 7.2: 14.7, 8: 14.2, 10: 13.0, 12.85: 11.8}, abs=0.06)
+
+
+def test_entropy_of_codes_is_that_of_their_counts() -> None:
+    codes = torch.tensor([[[0, 0, 1, 1]], [[3, 3, 3, 3]], [[-3, -1, 1, 3]]])
+    assert code_entropy(codes, 3).tolist() == pytest.approx([1.0, 0.0, 2.0])
