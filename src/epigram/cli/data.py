@@ -1,0 +1,92 @@
+"""`epigram data`: text to a data folder, and a data folder under scrutiny."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group("data", help="Build and check folders of tokenized text.")
+def command() -> None:
+    pass
+
+
+@command.command("build")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The data folder to write.")
+@click.option("--val", "val_sources", multiple=True, metavar="SOURCE", help="Validation text; may be repeated.")
+@click.option("--tokenizer", "tokenizer_file", type=click.Path(path_type=Path), help="A SentencePiece .model to use.")
+@click.option("--vocab-size", default=1024, show_default=True, help="Pieces of the tokenizer that is trained.")
+@click.option(
+    "--normalization",
+    type=click.Choice(["identity", "nmt_nfkc"]),
+    default="identity",
+    show_default=True,
+    help="How the trained tokenizer changes text; identity keeps every byte.",
+)
+@click.option("--val-fraction", default=0.05, show_default=True, help="Share of the documents held out, without --val.")
+@click.option("--shard-tokens", default=100_000_000, show_default=True, help="Tokens of a full shard.")
+@click.option("--field", default="text", show_default=True, help="Field or column that holds the text of a record.")
+@click.option("--workers", type=int, help="Processes; by default one a core, up to four.")
+@click.option("--seed", default=0, show_default=True, help="Decides which documents are held out.")
+@click.option("--json", "as_json", is_flag=True, help="End with the manifest in one line of JSON.")
+def build_command(sources: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+    """Build a data folder from text.
+
+    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .parquet, or the word stdlib: the documentation
+    that every Python carries. A text file is cut into documents at paragraph ends; in a folder each file is
+    one.
+    """
+    from epigram.data.build import build
+
+    built = build(sources, out, **options)
+    for note in built.notes:
+        click.echo(f"note: {note}")
+    _show(built.manifest)
+    click.echo(f"built {out}: use it with --data {out}")
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(built.manifest), ensure_ascii=False))
+
+
+@command.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--tokenizer", "tokenizer_file", type=click.Path(path_type=Path), help="For a folder without a manifest.")
+@click.option("--json", "as_json", is_flag=True, help="End with the findings in one line of JSON.")
+def check_command(folder: Path, tokenizer_file: Path | None, as_json: bool) -> None:
+    """Verify every hash, header, token and byte of a data FOLDER.
+
+    Ends with code 1 when something is wrong with it.
+    """
+    from epigram.data.check import check
+
+    findings = check(folder, tokenizer_file)
+    errors = sum(finding.is_error for finding in findings)
+    for finding in findings:
+        click.echo(f"{'error' if finding.is_error else 'warning'}: {finding.text}")
+    click.echo(f"{folder}: {'all is well' if not errors else f'{errors} errors'}")
+    if as_json:
+        click.echo(json.dumps({"errors": errors, "findings": [dataclasses.asdict(found) for found in findings]}))
+    sys.exit(1 if errors else 0)
+
+
+def _show(manifest: Any) -> None:
+    """A table of the splits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"tokenizer of {manifest.tokenizer.vocab_size:,} pieces, {manifest.tokenizer.normalization}")
+    for heading in ("split", "documents", "tokens", "bytes", "bytes/token", "shards"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for name, split in manifest.splits.items():
+        table.add_row(
+            name,
+            f"{split.documents:,}",
+            f"{split.tokens:,}",
+            f"{split.normalized_bytes:,}",
+            f"{split.normalized_bytes / split.tokens:.3f}",
+            f"{len(split.shards)}",
+        )
+    Console().print(table)

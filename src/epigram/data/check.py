@@ -1,0 +1,161 @@
+"""Verify a data folder against itself: hashes, headers, tokens, documents, overlap, bytes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epigram.data.dataset import DataFolder, open_data
+from epigram.data.files import sha256_of
+from epigram.data.manifest import MANIFEST, Manifest, document_hashes, read_hashes, read_manifest
+from epigram.data.shards import Shard
+from epigram.data.split_writer import count_shared
+from epigram.errors import DataError, UserError
+from epigram.progress import Progress
+
+_PIECE_TOKENS = 1 << 20  # looked at at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something about a data folder. An error makes it unusable, a warning should be known."""
+
+    is_error: bool
+    text: str
+
+
+def check(path: str | Path, tokenizer_file: str | Path | None = None) -> list[Finding]:
+    """Everything that is wrong with a data folder; an empty list when all is well. Reads every byte of it.
+
+    Raises UserError when `path` is no data folder at all.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {folder}: check the path")
+    if not (folder / MANIFEST).exists():
+        data = open_data(folder, tokenizer_file)
+        note = f"there is no {MANIFEST}: neither hashes nor the overlap of train and val can be checked"
+        return [Finding(is_error=False, text=note), *_errors(_check_bare(data))]
+    try:
+        manifest = read_manifest(folder)
+    except DataError as error:
+        return _errors([str(error)])
+    if altered := list(_check_hashes(folder, manifest)):
+        return _errors(altered)  # nothing read from altered files would mean anything
+    return _errors(_check_contents(folder, manifest, tokenizer_file))
+
+
+def _errors(texts: Iterator[str] | list[str]) -> list[Finding]:
+    """The sentences as errors; one that is raised on the way is the last of them."""
+    findings = []
+    try:
+        for text in texts:
+            findings.append(Finding(is_error=True, text=text))
+    except DataError as error:
+        findings.append(Finding(is_error=True, text=str(error)))
+    return findings
+
+
+def _check_hashes(folder: Path, manifest: Manifest) -> Iterator[str]:
+    expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
+    for split in manifest.splits.values():
+        expected |= {shard.file: shard.sha256 for shard in split.shards}
+        expected[split.hashes.file] = split.hashes.sha256
+    with Progress("hashing", total=len(expected), unit="files") as progress:
+        for file, sha256 in expected.items():
+            if not (folder / file).is_file():
+                yield f"{file} is missing: restore it, or build the data again"
+            elif sha256_of(folder / file) != sha256:
+                yield (
+                    f"{file} is not the file that the manifest describes (its hash differs): restore or build it again"
+                )
+            progress.advance()
+    if extra := {path.name for path in folder.glob("*.bin")} - set(expected):
+        yield f"the manifest knows nothing of {', '.join(sorted(extra))}: remove what does not belong here"
+
+
+def _check_contents(folder: Path, manifest: Manifest, tokenizer_file: str | Path | None) -> Iterator[str]:
+    data = open_data(folder, tokenizer_file)
+    for split, entry in manifest.splits.items():
+        totals = _Totals()
+        yield from _read_documents(data, data.split(split), totals, read_hashes(folder, entry))
+        facts = {
+            "tokens": (data.num_tokens(split), entry.tokens),
+            "documents": (totals.documents, entry.documents),
+            "unknown tokens": (totals.unknown_tokens, entry.unknown_tokens),
+            "bytes of text": (totals.spelled_bytes, entry.normalized_bytes - entry.unknown_bytes),
+        }
+        for what, (found, promised) in facts.items():
+            if found != promised:
+                yield f"{split} holds {found:,} {what}, and the manifest says {promised:,}: build the data again"
+    if both := count_shared(folder, manifest.splits, 1):
+        yield f"{both:,} documents of train are in val too, so scores would mean nothing: build the data again"
+
+
+def _check_bare(data: DataFolder) -> Iterator[str]:
+    """What can be said of a folder without a manifest."""
+    for split, shards in data.shards.items():
+        if not shards:
+            yield f"there are no {split} shards"
+            continue
+        totals = _Totals()
+        yield from _read_documents(data, shards, totals, None)
+        if not totals.documents:
+            yield f"{split} holds no BOS, so no document begins in it: is {data.tokenizer_path.name} its tokenizer?"
+
+
+@dataclass
+class _Totals:
+    """Sums over the documents of a split; the text in front of the first BOS is in none of them."""
+
+    documents: int = 0
+    unknown_tokens: int = 0
+    spelled_bytes: int = 0
+
+
+def _read_documents(
+    data: DataFolder, shards: Sequence[Shard], totals: _Totals, hashes: NDArray[np.uint64] | None
+) -> Iterator[str]:
+    """Add up the documents of a split and compare each with its hashes; a sentence for each kind of error."""
+    tokenizer = data.tokenizer
+    wrong_bytes = wrong_hashes = 0
+    for tokens in _documents(shards, tokenizer.bos_id, tokenizer.vocab_size):
+        spelled = tokenizer.decode_bytes(tokens)
+        unknown = int(np.count_nonzero(tokens == tokenizer.unk_id))
+        wrong_bytes += tokenizer.count_bytes(tokens) != len(spelled)
+        if hashes is not None and not unknown and totals.documents < len(hashes):
+            wrong_hashes += document_hashes(spelled) != tuple(hashes[totals.documents].tolist())
+        totals.documents += 1
+        totals.unknown_tokens += unknown
+        totals.spelled_bytes += len(spelled)
+    if wrong_bytes:
+        yield f"{wrong_bytes:,} documents spell other byte counts than the byte tables: is it the right tokenizer?"
+    if wrong_hashes:
+        yield f"{wrong_hashes:,} documents are not the texts that their hashes were taken of: build the data again"
+
+
+def _documents(shards: Sequence[Shard], bos_id: int, vocab_size: int) -> Iterator[NDArray[np.uint16]]:
+    """Documents of a split with their BOS, over shard borders; DataError for an id beyond the vocabulary."""
+    parts: list[NDArray[np.uint16]] = []  # of the document that has begun
+    with Progress("reading", total=sum(shard.num_tokens for shard in shards), unit="tokens") as progress:
+        for shard in shards:
+            tokens = shard.tokens
+            for start in range(0, len(tokens), _PIECE_TOKENS):
+                piece = np.array(tokens[start : start + _PIECE_TOKENS])
+                if (largest := int(piece.max())) >= vocab_size:
+                    raise DataError(
+                        f"shard {shard.path} holds the id {largest}, beyond the vocabulary of "
+                        f"{vocab_size:,}: its tokenizer is another one"
+                    )
+                before, *begun = np.split(piece, np.flatnonzero(piece == bos_id))
+                if parts:
+                    parts.append(before)
+                for document in begun:
+                    if parts:
+                        yield np.concatenate(parts)
+                    parts = [document]
+                progress.advance(len(piece))
+    if parts:
+        yield np.concatenate(parts)

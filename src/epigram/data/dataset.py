@@ -1,0 +1,138 @@
+"""Open a data folder: one that `epigram data build` wrote, or a bare one in the published layout."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epigram.data.files import sha256_of
+from epigram.data.manifest import MANIFEST, SPLITS, Manifest, read_hashes, read_manifest
+from epigram.data.shards import Shard, open_shard
+from epigram.data.tokenizer import Tokenizer
+from epigram.errors import DataError, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFolder:
+    """Shards by split and the tokenizer that they were made with.
+
+    manifest: None for a folder in the published layout, which has none.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    tokenizer_path: Path
+    shards: dict[str, tuple[Shard, ...]]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read on first use; DataError when it is not the one of the manifest."""
+        tokenizer = Tokenizer.from_file(self.tokenizer_path)
+        if self.manifest is not None and tokenizer.sha256 != self.manifest.tokenizer.sha256:
+            raise DataError(
+                f"{self.tokenizer_path} is not the tokenizer that the data were built with: restore it, or build again"
+            )
+        return tokenizer
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        """Shards of "train" or "val" in order; DataError when the folder has none."""
+        if not self.shards.get(name):
+            raise DataError(
+                f"{self.path} has no {name} shards: it has {', '.join(filter(self.shards.get, SPLITS)) or 'none'}"
+            )
+        return self.shards[name]
+
+    def num_tokens(self, name: str) -> int:
+        """Tokens of a split."""
+        return sum(shard.num_tokens for shard in self.split(name))
+
+    def stream(self, name: str) -> NDArray[np.uint16]:
+        """All tokens of a split, one shard after another, (T,) uint16, read into memory."""
+        return np.concatenate([shard.read() for shard in self.split(name)])
+
+    def split_bytes(self, name: str) -> int | None:
+        """Bytes of text that the tokens of a split stand for, by the manifest; None without one."""
+        if self.manifest is None:
+            return None
+        entry = self.manifest.splits[name]
+        return entry.normalized_bytes - entry.unknown_bytes
+
+    def text(self, name: str, max_tokens: int, *, from_end: bool = False) -> bytes:
+        """The text of a split's first (or last) `max_tokens` tokens in UTF-8, document after document."""
+        shards, parts, left = self.split(name), [], max_tokens
+        for shard in reversed(shards) if from_end else shards:
+            tokens = shard.tokens[-left:] if from_end else shard.tokens[:left]
+            parts.append(np.array(tokens))
+            left -= len(tokens)
+            if left <= 0:
+                break
+        return self.tokenizer.decode_bytes(np.concatenate(parts[::-1] if from_end else parts))
+
+    def document_hashes(self, name: str) -> NDArray[np.uint64]:
+        """Hashes of a split's documents, (N, 2) uint64: of their starts, and of their whole texts."""
+        if self.manifest is None:
+            raise DataError(f"{self.path} has no manifest, so nothing is known about its documents")
+        return read_hashes(self.path, self.manifest.splits[name])
+
+
+def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> DataFolder:
+    """Open a data folder; checks headers and sizes of all shards, not their contents (`data.check` does).
+
+    Without a manifest, shards are the files *_train_*.bin and *_val_*.bin in the order of their names, and
+    the tokenizer is `tokenizer_file` or the one file *.model in the folder. Raises UserError for a folder
+    that is none of both, DataError for one that is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {folder}: build one with `epigram data build TEXT --out {folder}`")
+    if (folder / MANIFEST).exists():
+        return _open_built(folder, Path(tokenizer_file) if tokenizer_file else None)
+    return _open_bare(folder, Path(tokenizer_file) if tokenizer_file else None)
+
+
+def is_published_layout(folder: Path) -> bool:
+    """Whether a folder holds shards named like the published ones."""
+    return any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin"))
+
+
+def _open_built(folder: Path, tokenizer_file: Path | None) -> DataFolder:
+    manifest = read_manifest(folder)
+    if tokenizer_file is not None and sha256_of(tokenizer_file) != manifest.tokenizer.sha256:
+        raise DataError(
+            f"{folder} was built with another tokenizer than {tokenizer_file}: leave the tokenizer out, or build again"
+        )
+    shards: dict[str, tuple[Shard, ...]] = {}
+    for split in SPLITS:
+        opened = []
+        for entry in manifest.splits[split].shards:
+            shard = open_shard(folder / entry.file, split)
+            if shard.num_tokens != entry.tokens:
+                raise DataError(
+                    f"shard {shard.path} holds {shard.num_tokens:,} tokens, not the {entry.tokens:,} of the "
+                    "manifest: restore it, or build the data again"
+                )
+            opened.append(shard)
+        shards[split] = tuple(opened)
+    return DataFolder(path=folder, manifest=manifest, tokenizer_path=folder / manifest.tokenizer.file, shards=shards)
+
+
+def _open_bare(folder: Path, tokenizer_file: Path | None) -> DataFolder:
+    if not is_published_layout(folder):
+        raise UserError(
+            f"{folder} is no data folder (no {MANIFEST}, no *_train_*.bin): build one with "
+            f"`epigram data build {folder} --out DIR`"
+        )
+    shards = {
+        split: tuple(open_shard(path, split) for path in sorted(folder.glob(f"*_{split}_*.bin"))) for split in SPLITS
+    }
+    return DataFolder(path=folder, manifest=None, tokenizer_path=tokenizer_file or _only_model(folder), shards=shards)
+
+
+def _only_model(folder: Path) -> Path:
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        found = f"{len(models)} tokenizers" if models else "no tokenizer (*.model)"
+        raise UserError(f"{folder} holds {found}: put the one that made the shards there, or name it")
+    return models[0]

@@ -1,0 +1,105 @@
+"""JSON Lines, one document a line, plain or compressed with gzip or Zstandard (any window length)."""
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from epigram.data.sources.base import check_surrogates, decode, lines, read_chunks
+from epigram.errors import DataError
+
+_SUFFIXES = (".jsonl", ".ndjson")
+_ZSTD_INPUT_BYTES = 1 << 14  # a small piece at a time: highly repetitive text can grow ten-thousandfold
+_ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes; memory is taken only as a file asks for it
+
+
+def claims(path: Path) -> bool:
+    """*.jsonl and *.ndjson, also with .gz or .zst behind."""
+    name = path.name.lower()
+    return name.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES)
+
+
+def documents(path: Path, field: str = "text") -> Iterator[str]:
+    """The string under `field` of each line's object; blank lines are passed over.
+
+    Raises DataError, with the line number, for a line that is no JSON object, lacks the field, or is not
+    UTF-8.
+    """
+    for number, line in lines(_chunks(path), path):
+        if line and not line.isspace():
+            yield _text(line, path, number, field)
+
+
+def _text(line: bytes, path: Path, number: int, field: str) -> str:
+    where = f"line {number:,}"
+    try:
+        record = json.loads(decode(line, path, where))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, {where} is not JSON ({error.msg} at column {error.colno}): each line must be one JSON object"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{path}, {where} is nested too deeply: each line must be one flat JSON object") from error
+    if not isinstance(record, dict):
+        raise DataError(f'{path}, {where} is no JSON object: each line must look like {{"{field}": "..."}}')
+    if field not in record:
+        keys = ", ".join(map(repr, list(record)[:8])) or "nothing"
+        raise DataError(f"{path}, {where} has no field {field!r}: name the field that holds the text (it has {keys})")
+    text = record[field]
+    if not isinstance(text, str):
+        raise DataError(f"{path}, {where}: field {field!r} holds a {type(text).__name__}, not a string of text")
+    return check_surrogates(text, path, where)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    raw = read_chunks(path)
+    if path.name.lower().endswith(".gz"):
+        return _gunzip(raw, path)
+    if path.name.lower().endswith(".zst"):
+        return _unzstd(raw, path)
+    return raw
+
+
+def _gunzip(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Decompressed gzip members; output comes in bounded pieces."""
+    member = zlib.decompressobj(wbits=31)
+    started = False
+    try:
+        for chunk in chunks:
+            while chunk:
+                started = True
+                yield member.decompress(chunk, 1 << 20)
+                chunk = member.unconsumed_tail
+                if member.eof:
+                    chunk, member, started = (
+                        member.unused_data.lstrip(b"\0"),
+                        zlib.decompressobj(wbits=31),
+                        False,
+                    )
+    except zlib.error as error:
+        raise DataError(f"{path} is damaged ({error}): download or compress it again") from error
+    if started:
+        yield member.flush()
+        if not member.eof:
+            raise DataError(f"{path} is cut short: download or compress it again")
+
+
+def _unzstd(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Decompressed Zstandard frames; unlike the library's stream reader, it notices a truncated file."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    frame, complete = decompressor.decompressobj(), True
+    try:
+        for chunk in chunks:
+            for start in range(0, len(chunk), _ZSTD_INPUT_BYTES):
+                piece = chunk[start : start + _ZSTD_INPUT_BYTES]
+                while piece:
+                    yield frame.decompress(piece)
+                    complete, piece = frame.eof, frame.unused_data if frame.eof else b""
+                    if frame.eof:
+                        frame = decompressor.decompressobj()
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path} is damaged ({error}): download or compress it again") from error
+    if not complete:
+        raise DataError(f"{path} is cut short: download or compress it again")

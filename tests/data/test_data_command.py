@@ -1,0 +1,99 @@
+"""`epigram data build` and `epigram data check` as a user calls them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from data_helpers import listing
+
+from epigram.cli.data import command
+from epigram.errors import UserError
+
+
+@pytest.fixture
+def book(tmp_path: Path, texts: list[str]) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(texts))
+    return path
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_build_then_check(tmp_path: Path, book: Path) -> None:
+    result = call("build", book, "--out", tmp_path / "out", "--vocab-size", 400, "--json")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads(result.stdout.splitlines()[-1])
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert "tokenizer of 400 pieces, identity" in result.stdout
+    assert manifest["splits"]["val"]["documents"] >= 1
+    result = call("check", tmp_path / "out", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout.splitlines()[-1]) == {"errors": 0, "findings": []}
+
+
+def test_options_reach_the_build(tmp_path: Path, book: Path, texts: list[str]) -> None:
+    (tmp_path / "val.jsonl").write_text(json.dumps({"body": texts[0]}) + "\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in texts))
+    result = call(
+        *("build", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--val", tmp_path / "val.jsonl"),
+        *("--normalization", "nmt_nfkc", "--vocab-size", 400, "--field", "body", "--shard-tokens", 900, "--seed", 3),
+    )
+    assert result.exit_code == 0, result.output
+    assert "train: 1 documents were left out, as val has the same text" in result.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"] == {"field": "body", "seed": 3, "val_fraction": 0.0, "shard_tokens": 900}
+    assert manifest["tokenizer"]["normalization"] == "nmt_nfkc"
+    result = call("build", book, "--out", tmp_path / "two", "--tokenizer", tmp_path / "out" / "tokenizer.model")
+    assert result.exit_code == 0
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["tokenizer"] == manifest["tokenizer"]
+
+
+def test_a_damaged_folder_is_no_success(tmp_path: Path, book: Path) -> None:
+    call("build", book, "--out", tmp_path / "out", "--vocab-size", 400)
+    (tmp_path / "out" / "fineweb_val_000000.bin").unlink()
+    result = call("check", tmp_path / "out", "--json")
+    assert result.exit_code == 1
+    assert "error: fineweb_val_000000.bin is missing" in result.stdout
+    assert json.loads(result.stdout.splitlines()[-1])["errors"] == 1
+
+
+def test_mistakes_are_user_errors_and_leave_nothing(tmp_path: Path, book: Path) -> None:
+    before = listing(tmp_path)
+    for arguments in (
+        ("build", tmp_path / "gone.txt", "--out", tmp_path / "out"),
+        ("build", book, "--out", tmp_path / "out", "--vocab-size", 70_000),
+        ("build", book, "--out", book),
+        ("check", tmp_path / "gone"),
+    ):
+        assert isinstance(call(*arguments).exception, UserError)
+    assert call("build", book).exit_code == 2  # no --out
+    assert listing(tmp_path) == before
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from epigram.cli.data import command; command(['build', '--help'], standalone_mode=False);"
+        "print(sorted({'torch', 'numpy', 'sentencepiece', 'pyarrow'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "--normalization" in result.stdout
+
+
+def test_exit_codes_of_the_real_command(tmp_path: Path, book: Path) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        words = [sys.executable, "-m", "epigram", "data", *map(str, arguments)]
+        result = subprocess.run(words, capture_output=True, text=True, check=False)
+        return result.returncode, result.stderr
+
+    code, errors = run("build", tmp_path / "gone.txt", "--out", tmp_path / "out")
+    assert (code, errors) == (2, f"epigram: there is no file or folder {tmp_path / 'gone.txt'}: check the path\n")
+    assert run("build", book, "--out", tmp_path / "out", "--vocab-size", 400) == (0, "")
+    assert run("check", tmp_path / "out") == (0, "")
+    (tmp_path / "out" / "documents_val.bin").unlink()
+    assert run("check", tmp_path / "out") == (1, "")

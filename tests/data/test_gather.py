@@ -1,0 +1,105 @@
+"""Which files are read, by which source, for which split."""
+
+from pathlib import Path
+
+import pytest
+
+from epigram.data.gather import BY_HASH, gather
+from epigram.errors import DataError, UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    def make(*names: str) -> Path:
+        for name in names:
+            path = tmp_path / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"text of {name}")
+        return tmp_path / "in"
+
+    return make
+
+
+def plan(gathered) -> list[tuple[str, str, str]]:
+    return [(file.name, file.kind, file.split) for file in gathered.files]
+
+
+def test_a_folder_of_text_in_the_order_of_names(folder) -> None:
+    gathered = gather([folder("b.txt", "a/z.md", "a/.hidden", ".git/config", "c")])
+    assert plan(gathered) == [(name, "text", BY_HASH) for name in ("a/z.md", "b.txt", "c")]
+    assert all(file.whole for file in gathered.files)
+    assert gathered.notes == ()
+
+
+def test_records_beside_text_leave_the_text_out(folder) -> None:
+    gathered = gather([folder("README.md", "LICENSE", "b.jsonl", "a.jsonl.zst")])
+    assert plan(gathered) == [("a.jsonl.zst", "jsonl", BY_HASH), ("b.jsonl", "jsonl", BY_HASH)]
+    assert gathered.notes == ("left out, as the folder holds records: LICENSE, README.md",)
+
+
+def test_a_folder_that_names_its_splits(folder) -> None:
+    gathered = gather([folder("README.md", "train-00.jsonl", "train-01.jsonl", "val.jsonl", "test.jsonl")])
+    assert plan(gathered) == [
+        ("val.jsonl", "jsonl", "val"),
+        ("train-00.jsonl", "jsonl", "train"),
+        ("train-01.jsonl", "jsonl", "train"),
+    ]
+    assert gathered.notes[1:] == ("validation, by name: val.jsonl", "left out, as test files by name: test.jsonl")
+
+
+def test_names_decide_only_where_both_splits_are_named(folder) -> None:
+    names = ("validation.md", "test.md", "usage.md", "retrain.md")
+    assert {split for _, _, split in plan(gather([folder(*names)]))} == {BY_HASH}
+    assert len(gather([folder(*names)]).files) == 4
+
+
+def test_val_sources_are_taken_out_of_train(folder) -> None:
+    source = folder("a.txt", "b.txt", "val.txt")
+    gathered = gather([source], [source / "val.txt"])
+    assert plan(gathered) == [("val.txt", "text", "val"), ("a.txt", "text", "train"), ("b.txt", "text", "train")]
+
+
+def test_single_files_and_stdlib(folder) -> None:
+    source = folder("a.txt", "b.jsonl")
+    gathered = gather([source / "a.txt", source / "b.jsonl", "stdlib"])
+    assert [file.kind for file in gathered.files] == ["text", "jsonl", "stdlib"]
+    assert not any(file.whole for file in gathered.files)
+
+
+def test_the_output_inside_the_input_is_not_read(folder) -> None:
+    source = folder("a.txt", "out/old.txt")
+    assert plan(gather([source], exclude=source / "out")) == [("a.txt", "text", BY_HASH)]
+
+
+def test_what_cannot_be_gathered(folder, tmp_path: Path) -> None:
+    source = folder("a.txt")
+    (tmp_path / "empty").mkdir()
+    built = tmp_path / "built"
+    built.mkdir()
+    (built / "manifest.json").write_text('{"format": "epigram data"}')
+    for sources, val, kind, message in [
+        ([], [], UserError, "nothing to read"),
+        ([tmp_path / "gone.txt"], [], UserError, r"no file or folder .*gone\.txt"),
+        ([tmp_path / "gone.jsonl"], [], UserError, r"no file or folder .*gone\.jsonl"),
+        ([tmp_path / "empty"], [], DataError, "holds no files"),
+        ([source, source / "a.txt"], [], UserError, "named twice"),
+        ([source / "a.txt"], [source / "a.txt"], DataError, "no files to train on"),
+        ([built], [], UserError, "built data folder already"),
+    ]:
+        with pytest.raises(kind, match=message):
+            gather(sources, val)
+
+
+def test_named_and_unnamed_splits_do_not_mix(folder) -> None:
+    source = folder("x/train.txt", "x/val.txt", "y.txt")
+    with pytest.raises(UserError, match="with --val"):
+        gather([source / "x", source / "y.txt"])
+
+
+def test_content_hash_follows_the_text_not_the_place(folder, tmp_path: Path) -> None:
+    source = folder("a.txt", "b.txt")
+    before = gather([source]).content_hash()
+    source.rename(tmp_path / "moved")
+    assert gather([tmp_path / "moved"]).content_hash() == before
+    (tmp_path / "moved" / "a.txt").write_text("other")
+    assert gather([tmp_path / "moved"]).content_hash() != before
