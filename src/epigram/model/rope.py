@@ -35,12 +35,27 @@ def rotary_tables(
     """
     if not config.rotary_dim:
         return None
-    half = config.rotary_dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=device) * (-2.0 / config.rotary_dim)
-    frequency = rotary_base(config, rope_len) ** exponent
+    base = rotary_base(config, rope_len)
+    cos, sin = _tables(start, num_positions, config.rotary_dim, base, dtype, device).unbind(0)
+    return cos, sin
+
+
+# Opaque to the compiler, which would otherwise compute powers, cosines and sines anew for each element of every layer's
+# q and k: a tenth of a training step on an H100.
+@torch.library.custom_op("epigram::rotary_tables", mutates_args=())
+def _tables(
+    start: int, num_positions: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(2, num_positions, 1, rotary_dim / 2): cosines and sines of position * base ** (-2 j / rotary_dim)."""
+    exponent = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) * (-2.0 / rotary_dim)
     position = torch.arange(start, start + num_positions, dtype=torch.float32, device=device)
-    angle = torch.outer(position, frequency)[:, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = torch.outer(position, base**exponent)[:, None, :]
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
+@_tables.register_fake
+def _(start: int, num_positions: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(2, num_positions, 1, rotary_dim // 2, dtype=dtype, device=device)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
