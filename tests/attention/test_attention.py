@@ -13,7 +13,7 @@ WINDOWS = [0, 1, 16, 100, 500]
 
 
 def request(window: int, device_type: str = "cpu", **changes) -> Request:
-    values = dict(capability=None, dtype=torch.float32, head_dim=16, num_heads=4, num_kv_heads=2)
+    values = dict(compiled=True, capability=None, dtype=torch.float32, head_dim=16, num_heads=4, num_kv_heads=2)
     return Request(device_type=device_type, window=window, **(values | changes))
 
 
@@ -47,9 +47,9 @@ def test_reference_is_the_definition(window: int) -> None:
 @pytest.mark.parametrize("name", plugin.names(PACKAGE))
 def test_backends_agree_with_the_reference(name: str, shape: tuple[int, ...], window: int) -> None:
     _, _, h, k, d = shape
-    backend = plugin.load(PACKAGE, name)
-    if reason := backend.check(request(window, head_dim=d, num_heads=h, num_kv_heads=k)):
+    if reason := usable(request(window, head_dim=d, num_heads=h, num_kv_heads=k))[name]:
         pytest.skip(reason)
+    backend = plugin.load(PACKAGE, name)
     ours, theirs = inputs(shape), inputs(shape)
     out, expected = backend.attend(*ours, window), reference.attend(*theirs, window)
     torch.testing.assert_close(out, expected)
@@ -97,9 +97,10 @@ def test_choice_says_why_not() -> None:
     assert choose("auto", request(512))[0] == "sdpa"
     assert choose("auto", request(512, "cuda", capability=(9, 0)))[0] == "flex"
     assert choose("auto", request(512, "cuda", capability=(7, 5)))[0] == "sdpa"
+    assert choose("auto", request(512, "cuda", capability=(9, 0), compiled=False))[0] == "sdpa"
     assert choose("auto", request(0, "cuda", capability=(9, 0)))[0] == "sdpa"
     with pytest.raises(UserError, match="for CUDA devices"):
         choose("flex", request(512))
-    with pytest.raises(UserError, match="choose one of flex"):
+    with pytest.raises(UserError, match="choose one of flash4"):
         choose("nonsense", request(0))
     assert "CUDA" in usable(request(0))["flex"]

@@ -26,7 +26,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a layer needs. capability: the CUDA compute capability (major, minor), None elsewhere."""
+    """What a layer needs.
+
+    capability: the CUDA compute capability (major, minor), None elsewhere. compiled: the call is inside a compiled graph.
+    """
 
     device_type: str
     capability: tuple[int, int] | None
@@ -35,7 +38,7 @@ class Request:
     num_heads: int
     num_kv_heads: int
     window: int
-    needs_grad: bool = True
+    compiled: bool = False
 
 
 def expand_heads(k: Tensor, num_heads: int) -> Tensor:
@@ -77,8 +80,9 @@ def choose(name: str, request: Request) -> tuple[str, Attend]:
 
 
 def _preferred(request: Request) -> str:
-    """Windowed layers on CUDA skip whole tiles through flex; everything else is fastest through sdpa."""
-    order = ("flex", "sdpa", "reference") if request.device_type == "cuda" and request.window else ("sdpa", "reference")
+    """flash4 wherever it runs; else on CUDA flex for windows, since it skips whole tiles; else sdpa."""
+    windowed_on_cuda = request.device_type == "cuda" and request.window > 0
+    order = ("flash4", "flex", "sdpa", "reference") if windowed_on_cuda else ("flash4", "sdpa", "reference")
     reasons = usable(request)
     for name in order:
         if reasons.get(name) is None:

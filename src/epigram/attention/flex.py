@@ -14,11 +14,13 @@ _TILE = 128
 
 
 def check(request: Request) -> str | None:
-    """CUDA from compute capability 8.0 on, in half precision or float32."""
+    """CUDA from compute capability 8.0 on, compiled: uncompiled it would write out the whole matrix of logits."""
     if request.device_type != "cuda":
         return "flex attention is for CUDA devices; sdpa is right here"
     if request.capability is not None and request.capability < (8, 0):
         return f"flex attention needs compute capability 8.0, this device has {request.capability}"
+    if not request.compiled:
+        return "flex attention is fast only inside a compiled model: set run.compile=on, or choose sdpa"
     if request.head_dim < 16 or request.head_dim & (request.head_dim - 1):
         return f"flex attention needs a head size that is a power of two of at least 16, not {request.head_dim}"
     return None

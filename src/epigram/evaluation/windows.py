@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from epigram.errors import UserError
 
 METHODS = ("blocks", "sliding")
+_MANY_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +169,10 @@ def batch_size(num_windows: int, length: int, world_size: int, batch_tokens: int
     """
     assert min(num_windows, length) > 0
     per_rank = -(-num_windows // world_size)
-    num_batches = -(-per_rank // max(1, batch_tokens // length))
-    return -(-per_rank // num_batches)
+    most = max(1, batch_tokens // length)
+    num_batches = -(-per_rank // most)
+    # With many batches a padded last one costs little, and one size for all methods is one graph to compile.
+    return most if num_batches >= _MANY_BATCHES else -(-per_rank // num_batches)
 
 
 def batches(plan: WindowPlan, size: int) -> Iterator[WindowPlan]:
