@@ -28,7 +28,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 class Request:
     """What a layer needs.
 
-    capability: the CUDA compute capability (major, minor), None elsewhere. compiled: the call is inside a compiled graph.
+    capability: the CUDA compute capability (major, minor), None elsewhere. compiled: called inside a compiled graph.
     """
 
     device_type: str

@@ -1,7 +1,7 @@
 """Attention through flash-attn-4: the fastest kernels for Hopper and Blackwell GPUs (extra `flash4`).
 
-Its calls are not traceable, so they are wrapped as custom operators with fake implementations and a registered backward;
-the compiler then treats each as one opaque kernel.
+Its calls are not traceable, so they are wrapped as custom operators with fake implementations and a registered
+backward; the compiler then treats each as one opaque kernel.
 """
 
 import torch
