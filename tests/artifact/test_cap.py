@@ -1,13 +1,11 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from epigram import plugin
-from epigram.artifact.codecs.base import order0_bits
-from epigram.artifact.size import FLOAT16_BITS, SCALE_BITS, CapCheck, TensorFormat, codec_bits, forecast, sigma_bits
+from epigram.artifact.size import FLOAT16_BITS, SCALE_BITS, CapCheck, TensorFormat, forecast
 from epigram.artifact.tensors import Contents, save
 from epigram.errors import UserError
 from epigram.quantized import QuantizedTensor
@@ -38,15 +36,6 @@ def test_without_a_cap_everything_fits() -> None:
     check.require()
 
 
-def test_sigma_bits_is_the_entropy_of_rounded_gaussians() -> None:
-    weights = np.random.default_rng(0).standard_normal((1000, 1000))
-    for qmax, sigmas in ((31, 7.0), (31, 12.85), (127, 20.0)):
-        codes = np.clip(np.rint(weights * qmax / sigmas), -qmax, qmax).astype(np.int8)
-        assert sigma_bits(qmax, sigmas) == pytest.approx(order0_bits(codes) / codes.size, abs=0.015)
-    # the figures of the published rule, within its rounding: b - log2 k + 1.05
-    assert sigma_bits(31, 12.85) == pytest.approx(6 - math.log2(12.85) + 1.05, abs=0.06)
-
-
 def test_forecast_of_the_published_model() -> None:
     """#1212: 28.3 M int6 weights at 4.17 bits, three int8 tables, 129,638 float16; it measured 15.69 MB."""
     matrices = [(512, 512), (256, 512), (256, 512), (512, 512), (1536, 512), (512, 1536)] * 12
@@ -70,7 +59,9 @@ def test_forecast_comes_true(tmp_path: Path, codec: str) -> None:
         step = (7.0 / 31 * weights.std(1)).half()
         codes = (weights / step.float()[:, None]).round().clamp(-31, 31).to(torch.int8)
         tensors[f"layers.{i}.q"] = QuantizedTensor(codes, step, 31)
-        bits = codec_bits(sigma_bits(31, 7.0), codec)
+        # The entropy of a Gaussian in steps of 7 / 31 of its spread.
+        order0 = math.log2(31 / 7.0) + 0.5 * math.log2(2 * math.pi * math.e)
+        bits = plugin.load("epigram.artifact.codecs", codec).forecast_bits(order0)
         formats.append(TensorFormat(shape=(300, 200), bits_per_weight=bits, num_scales=300))
     tensors["gate"] = torch.randn(5000, generator=generator).half()
     formats.append(TensorFormat(shape=(5000,), bits_per_weight=16.0 if codec == "store" else FLOAT16_BITS))
@@ -78,8 +69,3 @@ def test_forecast_comes_true(tmp_path: Path, codec: str) -> None:
     assert save(tmp_path / "m", Contents(model={}, tensors=tensors), codec).total_bytes == pytest.approx(
         expected, rel=0.02
     )
-
-
-def test_an_unmeasured_codec_has_no_forecast() -> None:
-    with pytest.raises(UserError, match="'zip'"):
-        codec_bits(4.2, "zip")

@@ -16,11 +16,6 @@ SCALE_BITS = 10.0  # of a row's float16 scale, likewise; next to nothing where a
 HEADER_BYTES = 1200
 HEADER_BYTES_PER_TENSOR = 5
 
-# Stored bits as a share of the order-0 entropy of each matrix, measured on 29.6 M int6 and int8 codes of a model of
-# pr1212's shapes, trained for 40 s on one H100 and quantized with steps proportional to the rows' spreads. Where one
-# step serves all rows, rows differ more, and "entropy" saves 6 % instead of 1.3 %.
-_SHARE_OF_ORDER0 = {"entropy": 0.987, "brotli": 1.010}
-
 
 @dataclass(frozen=True, kw_only=True)
 class CapCheck:
@@ -78,24 +73,3 @@ def forecast(formats: Iterable[TensorFormat], *, tokenizer_bytes: int = 0, scale
     formats = list(formats)
     bits = sum(tensor.size * tensor.bits_per_weight + tensor.num_scales * scale_bits for tensor in formats)
     return math.ceil(bits / 8) + HEADER_BYTES + HEADER_BYTES_PER_TENSOR * len(formats) + tokenizer_bytes
-
-
-def codec_bits(order0_bits: float, codec: str) -> float:
-    """Bits a weight that a codec stores where an ideal fixed table would need `order0_bits`; 8 for "store".
-
-    Raises UserError for a codec of which nothing is known.
-    """
-    if codec == "store":
-        return 8.0
-    if codec not in _SHARE_OF_ORDER0:
-        raise UserError(f"nobody measured what codec {codec!r} makes of weights: add it to artifact/size.py")
-    return order0_bits * _SHARE_OF_ORDER0[codec]
-
-
-def sigma_bits(qmax: int, sigmas: float) -> float:
-    """Entropy in bits of a Gaussian's code, in steps of `sigmas` standard deviations / qmax.
-
-    log2 of the steps in one standard deviation, plus log2 sqrt(2 pi e): the rule of parameter-golf #1394. It
-    holds above about 1.5 bits.
-    """
-    return math.log2(qmax / sigmas) + 0.5 * math.log2(2.0 * math.pi * math.e)

@@ -7,6 +7,8 @@ A codec is a module of this folder. For integer matrices, class by class, it off
         in which the encoder saw them.
     BYTES: str
         The codec that carries plain bytes (scales, small tensors, tokenizer) beside this one; often itself.
+    forecast_bits(order0_bits) -> float
+        Bits a weight that it will store where an ideal fixed table for each matrix would need `order0_bits`.
 
 and, if BYTES is its own name,
 

@@ -40,6 +40,11 @@ def new_decoder() -> _Codes:
     return _Codes()
 
 
+def forecast_bits(order0_bits: float) -> float:
+    """Measured on 29.6 M codes of a model of pr1212's shapes after 40 s on one H100, sigma clipping."""
+    return 1.010 * order0_bits
+
+
 def pack(data: bytes, item_bytes: int) -> bytes:
     """The shorter of the two forms; the shuffled one if they are equal."""
     forms = [_SHUFFLED.to_bytes(_MARK_BYTES, "little") + _compress(shuffle(data, item_bytes))]

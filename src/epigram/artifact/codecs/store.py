@@ -27,6 +27,10 @@ def new_decoder() -> _Codes:
     return _Codes()
 
 
+def forecast_bits(order0_bits: float) -> float:
+    return 8.0
+
+
 def pack(data: bytes, item_bytes: int) -> bytes:
     return bytes(data)
 
