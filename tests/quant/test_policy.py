@@ -56,12 +56,13 @@ def test_large_projections_are_stored_like_tables() -> None:
 
 
 def test_bits_and_sigmas_are_those_of_the_config(toy: Toy) -> None:
-    sigma = SigmaConfig(attention=5.0, mlp=6.0, table=9.0)
+    sigma = SigmaConfig(attention=5.0, mlp=6.0, head=4.0, table=9.0)
     config = GridConfig(matrix_bits=5, table_bits=7, clip="sigma", sigma=sigma)
     grids = {part.name: part.grid for part in plan(toy.named, toy.roles, config)}
     assert grids["layers.0.k"] == Grid(15, "sigma", sigma=5.0)
     assert grids["layers.1.down"] == Grid(15, "sigma", sigma=6.0)
-    assert grids["embed"] == Grid(63, "sigma", sigma=9.0)
+    assert grids["embed"] == Grid(63, "sigma", sigma=4.0)
+    assert grids["bigram.embed"] == Grid(63, "sigma", sigma=9.0)
     assert matrix_grid("up", GridConfig(clip="max", floor=0.5)) == Grid(31, "max", floor=0.5)
 
 

@@ -108,7 +108,8 @@ def _parts(name: str, tensor: Tensor, role: ParameterRole, config: GridConfig) -
     if role.kind == "table" or large:
         assert tensor.dim() == 2, f"table {name} is not a matrix"
         clip = "sigma" if config.clip == "sigma" else "quantile"
-        return [Part(name, name, name, _grid(config.table_bits, clip, "table", config), role.bank, tensor)]
+        grid = _grid(config.table_bits, clip, "head" if role.bank else "table", config)
+        return [Part(name, name, name, grid, role.bank, tensor)]
     return [Part(name, name, "control", None, "", tensor)]
 
 
