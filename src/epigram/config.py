@@ -1,0 +1,418 @@
+"""A recipe: every setting of a run, typed, checked, and composed from the parts that read them.
+
+Defaults <- recipe file <- `--set section.key=value`. Each part's settings live beside its code; here they are put
+together, checked across parts, read from TOML and written back. All problems come in one message.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+from cattrs.v import format_exception
+
+from epigram.data.lanes import Lane
+from epigram.errors import UserError
+from epigram.evaluation.windows import EvalConfig
+from epigram.model.config import ModelConfig
+from epigram.optim.average import AverageConfig
+from epigram.optim.gradients import GradientConfig
+from epigram.optim.groups import OptimConfig
+from epigram.optim.schedule import ScheduleConfig
+from epigram.quant.config import QuantConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneGroup:
+    """`count` lanes of `num_seqs` sequences of `seq_len` tokens each; a step runs every lane once."""
+
+    count: int
+    seq_len: int
+    num_seqs: int
+
+    def __post_init__(self) -> None:
+        bad = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) < 1]
+        if bad:
+            raise ValueError(f"a lane group needs positive numbers, not {', '.join(bad)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """mile_floor: smallest weight that the entropy weighting gives a token; its exponent is a schedule."""
+
+    mile_floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mile_floor <= 1:
+            raise ValueError(f"mile_floor = {self.mile_floor} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """The clock. Seconds of wall time; warm-up, validation and writing checkpoints do not count.
+
+    train_s: training, calibration and quantization together. calibrate_s: the part of it kept for the latter two.
+    score_s: limit of the final score. clock: "wall" is measured time; "steps" gives each of `steps` steps an equal
+    share of the training time, whatever it takes; "replay" reads the times that the run folder `replay` recorded.
+    max_steps: stop after so many steps even if time is left; 0: no limit.
+    """
+
+    train_s: float
+    calibrate_s: float
+    score_s: float = 600.0
+    clock: str = "wall"
+    steps: int = 0
+    replay: str = ""
+    max_steps: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.calibrate_s < self.train_s:
+            problems.append(f"calibrate_s = {self.calibrate_s} must be at least 0 and below train_s = {self.train_s}")
+        if self.score_s <= 0 or self.max_steps < 0:
+            problems.append(f"score_s = {self.score_s} must be positive and max_steps = {self.max_steps} not negative")
+        if self.clock not in ("wall", "steps", "replay"):
+            problems.append(f"clock = {self.clock!r} must be one of wall, steps, replay")
+        if (self.clock == "steps") != (self.steps > 0):
+            problems.append(f'steps = {self.steps} goes with clock = "steps" (and needs at least 1 there)')
+        if (self.clock == "replay") != bool(self.replay):
+            problems.append(f'replay = {self.replay!r} (a run folder) goes with clock = "replay"')
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def optimize_s(self) -> float:
+        """Seconds in which steps are taken."""
+        return self.train_s - self.calibrate_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How text is turned into tokens when `--data` is text; a data folder that is built already decides for itself.
+
+    normalization: "identity" keeps the file's own bytes; "nmt_nfkc" is that of the published FineWeb tokenizers.
+    val_frac: share of the documents that is held out.
+    """
+
+    normalization: str = "identity"
+    val_frac: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.normalization not in ("identity", "nmt_nfkc"):
+            raise ValueError(f"normalization = {self.normalization!r} must be identity or nmt_nfkc")
+        if not 0 < self.val_frac < 1:
+            raise ValueError(f"val_frac = {self.val_frac} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactConfig:
+    """codec: a file of `epigram.artifact.codecs`. cap_bytes: limit of artifact and code together, decimal.
+
+    code_bytes: bytes that a submission's code takes of the cap. tokenizer: carry the tokenizer, so that generation
+    needs only this file.
+    """
+
+    codec: str = "entropy"
+    cap_bytes: int = 16_000_000
+    code_bytes: int = 0
+    tokenizer: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.code_bytes < self.cap_bytes:
+            raise ValueError(
+                f"code_bytes = {self.code_bytes} must be at least 0 and below cap_bytes = {self.cap_bytes}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run does besides computing.
+
+    precision: "auto" (bfloat16 where the device has fast products in it, else float32), "bfloat16" or "float32".
+    attention: a backend of `epigram.attention`, or "auto". compile: "auto" (when a compiler is there), "on", "off".
+    log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
+    validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
+    checkpoints (0: only at the end) and how many stay.
+    writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues.
+    """
+
+    precision: str = "auto"
+    attention: str = "auto"
+    compile: str = "auto"
+    log_every: int = 100
+    val_every: int = 0
+    val_tokens: int = 1_000_000
+    checkpoint_every_s: float = 0.0
+    checkpoint_keep: int = 2
+    writers: tuple[str, ...] = ()
+    sample_prompt: str = "The"
+    sample_tokens: int = 200
+    compressors: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"precision": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off")}
+        problems = [
+            f"{name} = {getattr(self, name)!r} must be one of {', '.join(allowed)}"
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        problems += [
+            f"{name} = {getattr(self, name)} must not be negative"
+            for name in ("log_every", "val_every", "checkpoint_every_s", "sample_tokens")
+            if getattr(self, name) < 0
+        ]
+        problems += [
+            f"{name} = {getattr(self, name)} must be at least 1"
+            for name in ("checkpoint_keep", "val_tokens")
+            if getattr(self, name) < 1
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole recipe. `lanes` are the work of one step; see docs/architecture.md."""
+
+    recipe: str
+    summary: str
+    seed: int
+    lanes: tuple[LaneGroup, ...]
+    model: ModelConfig
+    gradients: GradientConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    average: AverageConfig
+    budget: BudgetConfig
+    quant: QuantConfig
+    score: EvalConfig
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    artifact: ArtifactConfig = ArtifactConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if not self.lanes:
+            raise ValueError("lanes is empty: give at least one [[lanes]] with count, seq_len and num_seqs")
+        if problems := list(self._cross_problems()):
+            raise ValueError("; ".join(problems))
+
+    def _cross_problems(self) -> Iterator[str]:
+        """Combinations that no single part can see."""
+        if not 0 <= self.seed < 2**63:
+            yield f"seed = {self.seed} must be in 0..2^63-1"
+        if self.quant.calibration.seq_len > self.context_len:
+            yield (
+                f"quant.calibration.seq_len = {self.quant.calibration.seq_len} is longer than any lane "
+                f"({self.context_len}): calibrate at lengths that were trained"
+            )
+
+    @property
+    def flat_lanes(self) -> tuple[Lane, ...]:
+        """Every lane of a step, in the order of the recipe."""
+        return tuple(Lane(seq_len=g.seq_len, num_seqs=g.num_seqs) for g in self.lanes for _ in range(g.count))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return sum(group.count * group.seq_len * group.num_seqs for group in self.lanes)
+
+    @property
+    def context_len(self) -> int:
+        """The longest sequence seen in training: generation and scoring should look no further."""
+        return max(group.seq_len for group in self.lanes)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """Recipes that the package ships."""
+    folder = resources.files("epigram") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """The recipe called so, or a TOML file (a run's `config.toml`, say), with `section.key=value` overrides.
+
+    Raises UserError with every problem found.
+    """
+    return parse_config(override(_read_toml(name_or_path), overrides), source=name_or_path)
+
+
+def _read_toml(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        text = (resources.files("epigram") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
+    elif path.suffix == ".toml" and path.is_file():
+        text = path.read_text("utf-8")
+    else:
+        raise UserError(
+            f"there is no recipe {name_or_path!r}: choose one of {', '.join(recipe_names())}, or give a .toml file"
+        )
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name_or_path} is no valid TOML: {error}") from error
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """`tree` with each "a.b=value" put in; values are TOML, or text when they are not valid TOML.
+
+    A number in the path counts into an array: lanes.0.num_seqs=4. The tree itself is not changed.
+    """
+    result = _copy(tree)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise UserError(f"--set {assignment!r} is not of the form section.key=value")
+        _assign(result, path.strip().split("."), _toml_value(text.strip()), assignment)
+    return result
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(tree: Any, path: list[str], value: Any, assignment: str) -> None:
+    *parents, last = path
+    for key in parents:
+        tree = tree.setdefault(key, {}) if isinstance(tree, dict) else _item(tree, key, assignment)
+    if isinstance(tree, list):
+        _item(tree, last, assignment)
+        tree[int(last)] = value
+    elif isinstance(tree, dict):
+        tree[last] = value
+    else:
+        raise UserError(f"--set {assignment!r} goes into something that is no section")
+
+
+def _item(array: Any, key: str, assignment: str) -> Any:
+    if not isinstance(array, list) or not key.isdigit() or int(key) >= len(array):
+        raise UserError(f"--set {assignment!r}: {key!r} is no section and no place in an array")
+    return array[int(key)]
+
+
+# -- typing -------------------------------------------------------------------------------------------------------
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """A checked Config from plain values. Raises UserError that lists every unknown key, wrong type and conflict."""
+    return _parse(tree, Config, f"{source}: ")
+
+
+def parse_model(tree: dict[str, Any]) -> ModelConfig:
+    """A model's settings from plain values, as an artifact's header holds them; UserError as `parse_config`."""
+    return _parse(tree, ModelConfig, "")
+
+
+def _parse(tree: dict[str, Any], kind: type[T], prefix: str) -> T:
+    try:
+        return _converter(strict=True).structure(tree, kind)
+    except Exception as error:  # cattrs raises a tree of whatever the parts raised
+        problems = _problems(error)
+        # A section with an unknown key was not built, so its conflicts are still to be found.
+        try:
+            _converter(strict=False).structure(tree, kind)
+        except Exception as further:
+            problems += [problem for problem in _problems(further) if problem not in problems]
+        raise UserError(prefix + "; ".join(problems)) from error
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """Plain values (tables, arrays, numbers, text) that `parse_config` turns back into an equal Config."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _converter(*, strict: bool) -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=strict, detailed_validation=True)
+    for kind in (int, float, str, bool):
+        converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook_factory(is_dataclass, lambda kind: _section(kind, converter, strict))
+    converter.register_structure_hook_factory(
+        lambda kind: get_origin(kind) is tuple, lambda kind: _array(kind, converter)
+    )
+    return converter
+
+
+def _section(kind: type, converter: cattrs.Converter, strict: bool) -> Any:
+    structure: Any = make_dict_structure_fn(
+        kind, converter, _cattrs_forbid_extra_keys=strict, _cattrs_detailed_validation=True
+    )
+
+    def hook(value: Any, expected: Any) -> Any:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected a section, not {value!r}")
+        return structure(value, expected)
+
+    return hook
+
+
+def _array(kind: Any, converter: cattrs.Converter) -> Any:
+    item = get_args(kind)[0]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"expected an array, not {value!r}")
+        return tuple(converter.structure(entry, item) for entry in value)
+
+    return hook
+
+
+def _exactly(value: Any, kind: type) -> Any:
+    """No silent conversions: 3.5 is no integer, "no" is no truth value; an integer may stand for a float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    raise TypeError(f"expected {names[kind]}, not {value!r}")
+
+
+def _problems(error: BaseException, path: str = "") -> list[str]:
+    """One sentence for each leaf of the tree of exceptions, with the key it concerns."""
+    if isinstance(error, cattrs.BaseValidationError):
+        found: list[str] = []
+        for inner in error.exceptions:
+            found += _problems(inner, _extend(path, getattr(inner, "__notes__", [])))
+        return found
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return [f"unknown key {_dotted(path, key)}" for key in sorted(error.extra_fields)]
+    if isinstance(error, KeyError):
+        return [f"{_dotted(path, str(error.args[0]))} is missing"]
+    if isinstance(error, TypeError | ValueError):
+        return [f"{path}: {error}" if path else str(error)]
+    return [f"{path}: {format_exception(error, object)}"]
+
+
+def _extend(path: str, notes: list[Any]) -> str:
+    for note in notes:
+        if match := re.search(r"attribute (\w+)$", str(note)):
+            return _dotted(path, match.group(1))
+    return path
+
+
+def _dotted(path: str, key: str) -> str:
+    # A missing key's own note already names it.
+    return path if path.endswith(f".{key}") or path == key else f"{path}.{key}".lstrip(".")

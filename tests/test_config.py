@@ -1,0 +1,154 @@
+"""Recipes and settings: what parses, what is refused, and that all problems are told at once."""
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epigram.config import load_recipe, override, parse_config, recipe_names, to_tree
+from epigram.errors import UserError
+from epigram.model.gpt import GPT
+
+PUBLISHED_PARAMETERS = {"pr1212": 29_751_910, "pr1130": 27_605_108, "pr1019": 27_067_484, "pr549": 26_928_220}
+
+
+def smoke_tree() -> dict:
+    return to_tree(load_recipe("smoke"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_survives_the_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_recipe(name)
+    assert config.recipe == name
+    path = tmp_path / "config.toml"
+    path.write_bytes(tomli_w.dumps(to_tree(config)).encode())
+    assert load_recipe(str(path)) == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_line_of_a_recipe_says_why(name: str) -> None:
+    text = (resources.files("epigram") / "recipes" / f"{name}.toml").read_text("utf-8")
+    bare = [
+        line for line in text.splitlines()
+        if "=" in line and "#" not in line and not line.startswith(("recipe", "summary", "parameter"))
+    ]  # fmt: skip
+    assert not bare
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_published_systems_have_the_published_size(name: str) -> None:
+    model = GPT(load_recipe(name).model)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[name]
+
+
+def test_pr1212_has_the_published_lanes() -> None:
+    config = load_recipe("pr1212")
+    assert config.tokens_per_step == 552_960
+    assert [lane.seq_len for lane in config.flat_lanes] == [2048] * 5 + [6144] * 3
+
+
+def test_pr1130_has_the_published_tokens() -> None:
+    assert load_recipe("pr1130").tokens_per_step == 548_864
+
+
+def test_overrides() -> None:
+    config = load_recipe("smoke", ["seed=7", "lanes.1.num_seqs=3", "model.xsa_layers=[3]", "artifact.codec=brotli"])
+    assert (config.seed, config.lanes[1].num_seqs, config.model.xsa_layers) == (7, 3, (3,))
+    assert config.artifact.codec == "brotli"
+    assert load_recipe("smoke", ["budget.train_s=90"]).budget.train_s == 90.0
+
+
+def test_override_leaves_its_input_alone() -> None:
+    tree = smoke_tree()
+    override(tree, ["model.num_layers=6", "lanes.0.seq_len=32"])
+    assert tree == smoke_tree()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("seed", "not of the form"),
+        ("model.num_layer=3", "unknown key model.num_layer"),
+        ("nonsense.a=3", "unknown key nonsense"),
+        ("lanes.7.seq_len=3", "no place in an array"),
+        ("model.num_layers=3.5", "model.num_layers: expected an integer, not 3.5"),
+        ("model.smear=1", "model.smear: expected true or false, not 1"),
+        ("model.window_layers=2", "model.window_layers: expected an array"),
+        ("artifact.codec=7", "artifact.codec: expected text"),
+        ("quant.calibration.source=val", "validation text may not be used"),
+    ],
+)
+def test_bad_overrides_say_what_is_wrong(assignment: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        load_recipe("smoke", [assignment])
+
+
+def test_all_problems_in_one_message() -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(
+            "smoke",
+            [
+                "model.num_kv_heads=3",
+                "budget.clock=sun",
+                "run.precision=int3",
+                "model.colour=1",
+                "lanes.0.seq_len=0",
+            ],
+        )
+    for part in ("num_kv_heads = 3", "clock = 'sun'", "precision = 'int3'", "model.colour", "seq_len = 0"):
+        assert part in str(error.value), part
+
+
+def test_missing_keys_are_named() -> None:
+    tree = smoke_tree()
+    del tree["model"]["num_layers"], tree["optim"]["muon"]["lr_early"]
+    with pytest.raises(UserError, match="model.num_layers is missing.*optim.muon.lr_early is missing|"
+                                        "optim.muon.lr_early is missing.*model.num_layers is missing"):  # fmt: skip
+        parse_config(tree)
+
+
+def test_combinations_across_parts() -> None:
+    with pytest.raises(UserError, match="longer than any lane"):
+        load_recipe("smoke", ["quant.calibration.seq_len=256"])
+    with pytest.raises(UserError, match="lanes is empty"):
+        load_recipe("smoke", ["lanes=[]"])
+
+
+def test_unknown_recipe_names_the_choices() -> None:
+    with pytest.raises(UserError, match="choose one of demo.*pr1212"):
+        load_recipe("pr9999")
+
+
+def test_broken_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("[model\n")
+    with pytest.raises(UserError, match="no valid TOML"):
+        load_recipe(str(path))
+
+
+PLAIN = st.one_of(st.booleans(), st.integers(-9, 9), st.text(max_size=3), st.floats(-2, 2))
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=5,
+)
+PLACES = ["seed", "model", "model.num_layers", "lanes", "lanes.0", "optim.adamw.overrides", "budget.clock"]
+
+
+@given(VALUES, st.sampled_from(PLACES))
+def test_any_value_anywhere_gives_a_config_or_a_user_error(value: object, path: str) -> None:
+    tree = smoke_tree()
+    target = tree
+    *parents, last = path.split(".")
+    for key in parents:
+        target = target[int(key)] if key.isdigit() else target[key]
+    target[int(last) if last.isdigit() else last] = value
+    try:
+        config = parse_config(tree)
+    except UserError:
+        return
+    assert parse_config(tomllib.loads(tomli_w.dumps(to_tree(config)))) == config
