@@ -1,12 +1,21 @@
-"""The few things processes tell each other. With one process each of them returns at once: nothing to communicate."""
+"""The few things processes tell each other. With one process each of them returns at once: nothing to communicate.
 
-from collections.abc import Sequence
+Gradients travel between devices. All else travels between hosts, so that no clock or decision waits for a device.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from epigram.dist.context import Context
+from epigram.errors import UserError
+
+
+class LostPeerError(UserError):
+    """Another process of the run ended, or failed in a part that concerns all."""
 
 
 def sum_(context: Context, tensors: Sequence[Tensor]) -> None:
@@ -16,7 +25,8 @@ def sum_(context: Context, tensors: Sequence[Tensor]) -> None:
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         group = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in group])
-        dist.all_reduce(flat)
+        with _peers():
+            dist.all_reduce(flat)
         for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -25,12 +35,44 @@ def from_main(context: Context, value: float) -> float:
     """Rank 0's `value` on every rank: one clock, one decision."""
     if context.world_size == 1:
         return value
-    shared = torch.tensor([value], dtype=torch.float64, device=context.device)
-    dist.broadcast(shared, src=0)
+    shared = torch.tensor([value], dtype=torch.float64)
+    with _peers():
+        dist.broadcast(shared, src=0)
     return float(shared)
 
 
-def barrier(context: Context) -> None:
-    """Wait until every process is here."""
-    if context.world_size > 1:
-        dist.barrier()
+@contextmanager
+def together(context: Context) -> Iterator[None]:
+    """Around work that the ranks share unequally (rank 0 writes a file) and in which they do not communicate.
+
+    At its end all wait for all; when it failed on one rank it raises on every rank, so that none waits for a lost one.
+    """
+    if context.world_size == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception:
+        with suppress(LostPeerError):  # the error itself says more
+            _count(True)
+        raise
+    if _count(False):
+        raise LostPeerError("another process of this run failed: its message says why")
+
+
+def _count(failed: bool) -> int:
+    """Processes that failed."""
+    total = torch.tensor(int(failed))
+    with _peers():
+        dist.all_reduce(total)
+    return int(total)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise when a process is gone
+        raise LostPeerError(
+            f"this process lost the others ({error}): the one that ended first says why, in its own message"
+        ) from error

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -21,7 +21,7 @@ class Context:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +45,7 @@ def open_context(device: str = "auto") -> Iterator[Context]:
     if context.device.type == "cuda":
         torch.cuda.set_device(context.device)
     if world_size > 1:
-        backend = "nccl" if context.device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield context
@@ -58,14 +58,24 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called `name`. Raises UserError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("this machine has no CUDA device that torch can use: choose --device cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}, "
-                "start at most so many processes"
-            )
-        return torch.device("cuda", local_rank if device.index is None else device.index)
-    return device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UserError(f"there is no device {name!r}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
+    if kind == "cuda":
+        return torch.device("cuda", _cuda_index(int(index) if index else local_rank))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("this machine has no device that torch can use through MPS: choose --device cpu")
+    return torch.device(kind)
+
+
+def _cuda_index(index: int) -> int:
+    """`index`, if there is such a GPU."""
+    if not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device that torch can use: choose --device cpu")
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"there is no GPU {index}, only {count} of them (from 0): name another device, or start at most "
+            f"{count} processes"
+        )
+    return index

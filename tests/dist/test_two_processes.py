@@ -1,0 +1,201 @@
+"""Two processes (gloo, on the CPU) do what one does, and when one of them fails none of them stays behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import SHORT, losses_of, result_of, saved_tensors, train_run
+
+TIMEOUT_S = 90
+FOUR_LANES = (
+    "lanes=[{count=2, seq_len=64, num_seqs=4}, {count=2, seq_len=128, num_seqs=2}]",
+    "run.val_every=4",
+    "run.val_tokens=500",
+    "run.checkpoint_every_s=10",
+)
+
+
+def environment(rank: int, port: int) -> dict[str, str]:
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, **{key: str(value) for key, value in ours.items()}, "OMP_NUM_THREADS": "1"}
+
+
+def run_two(script: str, folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of both processes that run `script`, without torchrun to end them."""
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(script))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(path), *arguments]
+    processes = [
+        subprocess.Popen(
+            command, env=environment(rank, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_what_processes_tell_each_other(tmp_path: Path):
+    script = """
+        import torch
+        from epigram.dist import collectives
+        from epigram.dist.collectives import LostPeerError
+        from epigram.dist.context import open_context
+
+        def together(failing):
+            try:
+                with collectives.together(context):
+                    if context.rank in failing:
+                        raise ValueError("own")
+            except (ValueError, LostPeerError) as error:
+                return type(error).__name__
+            return "well"
+
+        with open_context("cpu") as context:
+            r = context.rank
+            mixed = [torch.tensor([1.0 + r, 10.0]), torch.tensor(5 * r), torch.full((2, 2), 0.5 + r),
+                     torch.tensor(0.1, dtype=torch.float64)]
+            collectives.sum_(context, mixed)
+            assert [t.tolist() for t in mixed] == [[3.0, 20.0], 5, [[2.0, 2.0], [2.0, 2.0]], 0.2], mixed
+            assert collectives.from_main(context, 0.1 + r) == 0.1, "to the last bit"
+            assert together([]) == "well"
+            assert together([0]) == ("ValueError" if r == 0 else "LostPeerError")
+            assert together([1]) == ("ValueError" if r == 1 else "LostPeerError")
+            assert together([0, 1]) == "ValueError"
+            assert together([]) == "well", "and they can go on"
+            if r == 1:
+                raise SystemExit(5)
+            for call in (lambda: collectives.sum_(context, [torch.ones(2)]),
+                         lambda: collectives.from_main(context, 1.0), lambda: together([]), lambda: together([0])):
+                try:
+                    print(call())
+                except LostPeerError as error:
+                    assert "lost the others" in str(error)
+                    print("LostPeerError")
+    """
+    (code, out, err), (other, _, _) = run_two(script, tmp_path)
+    assert (code, other) == (0, 5), err
+    assert out.split()[0] == "LostPeerError"
+    assert out.split()[2:] == ["LostPeerError", "ValueError"]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "epigram", "train", "smoke", "--gpus", "2", "--device", "cpu", "--json"]
+    settings = [argument for setting in SHORT for argument in ("--set", setting)]
+    return subprocess.run(
+        [*command, *settings, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_are_one(data_path: Path, tmp_path: Path):
+    """Weights, moments and averages after 8 steps, the losses, the scores, through the whole job and torchrun."""
+    settings = [argument for setting in FOUR_LANES for argument in ("--set", setting)]
+    done = torchrun("--data", str(data_path), "--out", str(tmp_path / "two"), *settings)
+    assert done.returncode == 0, done.stderr
+    train_run(data_path, tmp_path / "one", *FOUR_LANES)
+    one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        distance = torch.linalg.vector_norm((tensor - two[name]).double())
+        assert distance <= 1e-5 * torch.linalg.vector_norm(tensor.double()), name
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5), "of all lanes"
+    alone, shared = result_of(tmp_path / "one"), result_of(tmp_path / "two")
+    for model, methods in alone["scores"].items():
+        for method, row in methods.items():
+            found = shared["scores"][model][method]
+            assert found["val_nats"] == pytest.approx(row["val_nats"], rel=1e-4)
+            assert (found["tokens"], found["bytes"]) == (row["tokens"], row["bytes"])
+    assert (shared["status"], shared["steps"]) == ("finished", 8)
+    assert shared["paths"]["lanes"].endswith("2 process(es)")
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert json.loads(last)["artifact_bytes"] == shared["artifact_bytes"]
+    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1, "one process prints"
+
+
+def test_a_folder_that_one_cannot_use_ends_both(data_path: Path, finished: Path, tmp_path: Path):
+    """Only the first process looks at it; without torchrun nobody would end the other."""
+    script = """
+        import sys
+        from epigram.cli.main import main
+        main()
+    """
+    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
+    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(finished), "--device", "cpu", *settings)
+    (first, _, said), (second, _, also_said) = run_two(script, tmp_path, *arguments)
+    assert (first, second) == (2, 2)
+    assert said.startswith("epigram: ")
+    assert "is not empty" in said
+    assert also_said == "epigram: another process of this run failed: its message says why\n"
+
+
+def test_a_loss_that_is_no_number_on_one_ends_both_in_that_step(data_path: Path, tmp_path: Path):
+    """And the run folder, which the first process writes, gives the reason."""
+    script = """
+        import math, sys
+        from epigram.cli.main import main
+        from epigram.run import train
+
+        real = train.train_step
+
+        def poisoned(session, plan):
+            plain = session.lane_loss
+            if plan.step == 3 and session.context.rank == 1:
+                session.lane_loss = lambda *a: plain(*a) * math.nan
+            measured = real(session, plan)
+            session.lane_loss = plain
+            return measured
+
+        train.train_step = poisoned
+        main()
+    """
+    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
+    run = tmp_path / "run"
+    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
+    found = run_two(script, tmp_path, *arguments)
+    for code, _, said in found:
+        assert code == 2, said
+        assert "epigram: step 4 gave a loss of nan" in said
+    assert result_of(run)["status"] == "failed"
+    assert "step 4 gave a loss of nan" in result_of(run)["reason"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_ends_the_other(data_path: Path, tmp_path: Path):
+    """As when it runs out of memory: the reason in the run folder says so, and the exit code is not 0."""
+    script = """
+        import os
+        from epigram.cli.main import main
+        from epigram.run import train
+
+        real = train.train_step
+
+        def lost(session, plan):
+            if plan.step == 3 and session.context.rank == 1:
+                os._exit(9)
+            return real(session, plan)
+
+        train.train_step = lost
+        main()
+    """
+    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
+    run = tmp_path / "run"
+    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
+    (first, _, said), (second, _, _) = run_two(script, tmp_path, *arguments)
+    assert (first, second) == (2, 9)
+    assert "this process lost the others" in said
+    assert result_of(run)["status"] == "failed"
+    assert "this process lost the others" in result_of(run)["reason"]
