@@ -34,9 +34,9 @@ _LARGEST_HALF = 65504.0
 class SigmaConfig:
     """Clip in standard deviations of a row, by class of tensor, for the clip policy "sigma".
 
-    attention, mlp: of the matrices; 7 is what the floor of "search" amounts to in #1212, 12.85 and 13 are used by later,
-    larger models. head: of the embedding that is also the output matrix, whose errors reach the logits directly: with 20
-    it cost 0.029 nats on a #1212 model, with 5 0.003. table: of embeddings that are only looked up; 20 cost nothing.
+    attention, mlp: of the matrices; 7 is what the floor of "search" amounts to in #1212, and later, larger models use
+    12.85 and 13. head: of the embedding that is also the output matrix, whose errors reach the logits directly: 20 cost
+    0.029 nats on a #1212 model, 5 costs 0.003. table: of embeddings that are only looked up; 20 cost nothing.
     """
 
     attention: float = 7.0

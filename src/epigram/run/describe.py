@@ -1,0 +1,108 @@
+"""What a recipe is and costs: parameters, bytes, operations, lanes, schedules. Nothing is computed on a device."""
+
+from typing import Any
+
+import torch
+
+from epigram.config import Config
+from epigram.data.lanes import lanes_of_rank
+from epigram.model.cost import forward_flops_per_token
+from epigram.model.gpt import GPT
+from epigram.optim import schedule
+from epigram.run.size import forecast_bytes
+
+_CURVE_POINTS = 11
+
+
+def describe(config: Config, world_size: int = 1) -> dict[str, Any]:
+    """Plain values for a table or JSON; `parameters` is the total."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    parts = {name: p.numel() for name, p in model.named_parameters()}
+    return {
+        "recipe": config.recipe,
+        "summary": config.summary,
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        "forecast_bytes": forecast_bytes(config, model) + config.artifact.code_bytes,
+        "cap_bytes": config.artifact.cap_bytes,
+        "lanes": _lanes(config, world_size),
+        "world_sizes": [n for n in range(1, len(config.flat_lanes) + 1) if _fits(config, n)],
+        "tokens_per_step": config.tokens_per_step,
+        "flops_per_token": _flops(config),
+        "schedule": _curve(config),
+    }
+
+
+def _lanes(config: Config, world_size: int) -> list[dict[str, int]]:
+    ranks = {lane: rank for rank in range(world_size) for lane in lanes_of_rank(config.flat_lanes, rank, world_size)}
+    return [
+        {"lane": i, "rank": ranks[i], "seq_len": lane.seq_len, "num_seqs": lane.num_seqs}
+        for i, lane in enumerate(config.flat_lanes)
+    ]
+
+
+def _fits(config: Config, world_size: int) -> bool:
+    return len(config.flat_lanes) % world_size == 0
+
+
+def _flops(config: Config) -> list[dict[str, float]]:
+    """Training operations of a token (three forwards' worth) for each length of the recipe."""
+    rows = []
+    for seq_len in sorted({group.seq_len for group in config.lanes}):
+        parts = forward_flops_per_token(config.model, seq_len)
+        rows.append({"seq_len": seq_len, **{k: 3 * v for k, v in parts.items()}, "total": 3 * sum(parts.values())})
+    return rows
+
+
+def _curve(config: Config) -> list[dict[str, float]]:
+    """The schedules over the run, for a run whose steps all take as long as one of 8,400 in the training time."""
+    budget_s = config.budget.optimize_s
+    num_steps = config.budget.steps or config.budget.max_steps or 8400
+    rows = []
+    for point in range(_CURVE_POINTS):
+        progress = point / (_CURVE_POINTS - 1)
+        step = round(progress * num_steps)
+        rows.append(
+            {
+                "progress": progress,
+                "lr": schedule.lr_multiplier(progress * budget_s, step, budget_s, config.schedule),
+                "momentum": schedule.muon_momentum(step, config.schedule),
+                "mile_gamma": schedule.mile_gamma(progress, config.schedule),
+            }
+        )
+    return rows
+
+
+def print_description(description: dict[str, Any]) -> None:
+    """The same as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{description['recipe']}[/bold]: {description['summary']}")
+    share = description["forecast_bytes"] / description["cap_bytes"]
+    console.print(
+        f"{description['parameters']:,} parameters, about {description['forecast_bytes']:,} bytes packed: "
+        f"{100 * share:.0f} % of the cap of {description['cap_bytes']:,}"
+    )
+    tables: list[tuple[str, list[dict[str, Any]]]] = [
+        ("parameters", [{"part": k, "parameters": v} for k, v in description["parameters_by_part"].items()]),
+        (f"lanes of a step ({description['tokens_per_step']:,} tokens)", description["lanes"]),
+        ("training operations of a token", description["flops_per_token"]),
+        ("schedules", description["schedule"]),
+    ]
+    for title, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for column in rows[0]:
+            table.add_column(column, justify="left" if column == "part" else "right")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        console.print(table)
+    console.print(f"world sizes that share these lanes evenly: {', '.join(map(str, description['world_sizes']))}")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,245 @@
+"""What this machine has, which paths a run would take on it, and what to do about what is missing.
+
+Every check answers with findings and changes nothing; the probe of the temp folder removes its file.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from epigram import plugin
+from epigram.errors import UserError
+from epigram.run import machine
+
+if TYPE_CHECKING:
+    import torch
+
+    from epigram.attention.base import Request
+
+_GIB, _GB = 1 << 30, 10**9
+_LEAST_DISK_BYTES = 5 * _GB  # checkpoints of a run of pr1212 take about 0.5 GB each
+_LEAST_MEMORY_BYTES = 4 * _GB
+
+# Optional libraries: module, what it is for, how to install it.
+_OPTIONAL = (
+    ("flash_attn.cute", "attention kernels for Hopper and Blackwell GPUs", "pip install 'epigram[flash4]'"),
+    ("triton", "fused kernels and compilation on GPUs", "comes with torch's CUDA builds on Linux"),
+    ("pyarrow", ".parquet files as a source of text", "pip install 'epigram[parquet]'"),
+    ("tensorboard", "the metrics writer tensorboard", "pip install 'epigram[tensorboard]'"),
+    ("wandb", "the metrics writer wandb", "pip install 'epigram[wandb]'"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the examination.
+
+    status: "ok"; "note", where something is missing that a run can do without; "problem", where runs will
+    fail. advice: what to do, empty when all is well.
+    """
+
+    part: str
+    name: str
+    value: str
+    status: Literal["ok", "note", "problem"] = "ok"
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """For `epigram doctor --json`."""
+        return asdict(self)
+
+
+def examine(folder: Path | None = None) -> list[Finding]:
+    """All findings about this machine; `folder` is where runs would be written (default: the current one)."""
+    return [
+        *_software(),
+        *_hardware(),
+        *_compiler(),
+        *_storage(folder or Path.cwd()),
+        *_optional(),
+        *_paths(),
+    ]
+
+
+def _finding(
+    part: str, name: str, value: str, advice: str = "", otherwise: Literal["note", "problem"] = "note"
+) -> Finding:
+    """All is well without an `advice`; with one the status is `otherwise`."""
+    return Finding(part=part, name=name, value=value, status=otherwise if advice else "ok", advice=advice)
+
+
+def _software() -> Iterator[Finding]:
+    old = sys.version_info < (3, 11)
+    value = f"{platform.python_version()} on {platform.platform()}"
+    yield _finding("software", "python", value, "install Python 3.11 or later" if old else "", "problem")
+    versions = machine.versions()
+    yield _finding("software", "epigram", versions.get("epigram", "not installed: run from its sources"))
+    torch = versions.get("torch")
+    yield _finding("software", "torch", torch or "not installed", "" if torch else "pip install torch", "problem")
+
+
+def _hardware() -> Iterator[Finding]:
+    cores, threads, memory = machine.cpu_count(), machine.thread_count(), machine.memory_bytes()
+    yield _finding("machine", "processor", f"{machine.cpu_name()}, {cores} usable")
+    setting = os.environ.get("OMP_NUM_THREADS")
+    few = threads is not None and threads < cores // 2
+    advice = f"torch uses {threads} of {cores} processors: unset OMP_NUM_THREADS to train on a CPU" if few else ""
+    yield _finding(
+        "machine",
+        "threads",
+        f"{threads or 'unknown'}" + (f" (OMP_NUM_THREADS={setting})" if setting else ""),
+        advice,
+    )
+    small = memory is not None and memory < _LEAST_MEMORY_BYTES
+    advice = "large recipes may not fit: use demo or smoke" if small else ""
+    yield _finding("machine", "memory", f"{memory / _GIB:.1f} GiB" if memory else "unknown", advice)
+    yield from _gpus()
+
+
+def _gpus() -> Iterator[Finding]:
+    found = machine.gpus()
+    if not found:
+        yield _finding("machine", "GPU", "none that torch can use", _gpu_advice())
+    for index, gpu in enumerate(found):
+        major, minor = gpu["capability"]
+        memory = f"{gpu['memory_bytes'] / _GIB:.0f} GiB"
+        old = "no fast bfloat16 before capability 8.0: it trains in float32" if (major, minor) < (8, 0) else ""
+        yield _finding("machine", f"GPU {index}", f"{gpu['name']}, capability {major}.{minor}, {memory}", old)
+
+
+def _gpu_advice() -> str:
+    """Tells a machine without a GPU from one whose torch cannot use it."""
+    if machine.nvidia_driver() is None:
+        return "recipes demo and smoke train on the CPU; the others need a CUDA GPU"
+    return "there is an NVIDIA driver: install a build of torch for CUDA that fits it"
+
+
+def _compiler() -> Iterator[Finding]:
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
+    advice = "" if found else "runs go without torch.compile, slower: install g++ (apt install g++)"
+    yield _finding("compiler", "C++ compiler", found or "none", advice)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    advice = "" if header.exists() else "compiled GPU kernels need Python.h: install python3-dev"
+    yield _finding("compiler", "Python headers", str(header) if header.exists() else "none", advice)
+
+
+def _storage(folder: Path) -> Iterator[Finding]:
+    temp = Path(tempfile.gettempdir())
+    reason = why_not_executable(temp)
+    advice = "compiled code is loaded from there: set TMPDIR to a folder on a disk mounted with exec" if reason else ""
+    yield _finding("storage", "temp folder", f"{temp}: {reason or 'programs in it run'}", advice, "problem")
+    place = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if not os.access(place, os.W_OK):
+        advice = "choose a folder that you may write to, by --out"
+        yield _finding("storage", "run folder", f"{place}: not writable", advice, "problem")
+        return
+    advice = "" if free >= _LEAST_DISK_BYTES else "data and checkpoints take some GB: free space, or use another disk"
+    yield _finding("storage", "run folder", f"{place}, {free / _GB:.0f} GB free", advice)
+
+
+def why_not_executable(folder: Path) -> str | None:
+    """Why a program in `folder` cannot be run (a "noexec" mount, say), found by running one; None when it
+    can.
+
+    torch.compile loads its code from the temp folder and slows down or fails there without a word
+    (parameter-golf #960).
+    """
+    if os.name != "posix":
+        return None  # only POSIX systems mount folders without execution
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            program = Path(inside) / "probe"
+            program.write_text("#!/bin/sh\nexit 0\n")
+            program.chmod(stat.S_IRWXU)
+            done = subprocess.run([program], capture_output=True, check=False, timeout=10)
+    except PermissionError as error:
+        return f"programs in it may not run ({error.strerror})"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else f"a program in it ended with code {done.returncode}"
+
+
+def _optional() -> Iterator[Finding]:
+    for module, purpose, install in _OPTIONAL:
+        there = _importable(module)
+        advice = "" if there else f"only for {purpose}: {install}"
+        yield _finding("optional libraries", module, "installed" if there else "not installed", advice)
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # the package around it is missing or broken
+        return False
+
+
+def _paths() -> Iterator[Finding]:
+    """What a run would choose by itself, asked of the code that chooses."""
+    try:
+        from epigram.dist.context import Context, pick_device
+        from epigram.run.setup import pick_precision, should_compile
+    except ImportError as error:
+        yield _finding("paths", "import", str(error), "the installation is incomplete: install again", "problem")
+        return
+    context = Context(device=pick_device())
+    dtype, words = pick_precision("auto", context)
+    yield _finding("paths", "device", words["device"])
+    yield _finding("paths", "precision", words["precision"])
+    compiled = should_compile("auto", context)
+    yield _finding("paths", "compile", "on" if compiled else "off")
+    yield from _attention(context.device.type, context.capability, dtype, compiled)
+
+
+def _attention(
+    device_type: str, capability: tuple[int, int] | None, dtype: "torch.dtype", compiled: bool = True
+) -> Iterator[Finding]:
+    """Every backend, asked for the layers of pr1212: 8 heads of 64 over 4, with and without a window."""
+    from epigram.attention.base import PACKAGE, Request
+
+    requests = {
+        kind: Request(
+            device_type=device_type,
+            capability=capability,
+            dtype=dtype,
+            head_dim=64,
+            num_heads=8,
+            num_kv_heads=4,
+            window=window,
+            compiled=compiled,
+        )
+        for kind, window in (("full", 0), ("windowed", 512))
+    }
+    for kind, request in requests.items():
+        yield _chosen(f"attention, {kind}", request)
+    for name in plugin.names(PACKAGE):
+        for kind, request in requests.items():
+            reason = _why_not(name, request) or ""
+            value = "not usable here" if reason else "usable"
+            yield _finding("attention backends", f"{name}, {kind}", value, reason)
+
+
+def _chosen(name: str, request: "Request") -> Finding:
+    from epigram.attention.base import choose
+
+    try:
+        return _finding("paths", name, choose("auto", request)[0])
+    except (UserError, ImportError) as error:
+        return _finding("paths", name, "none", str(error), "problem")
+
+
+def _why_not(name: str, request: "Request") -> str | None:
+    try:
+        return plugin.load("epigram.attention", name).check(request)
+    except (UserError, ImportError) as error:  # its library is missing, or is there and broken
+        return str(error)

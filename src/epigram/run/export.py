@@ -1,0 +1,135 @@
+"""From trained weights to a scored file: calibrate, quantize, pack, read back, score.
+
+Calibration and quantization belong to the training budget; packing and scoring have their own limits.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epigram.config import Config
+from epigram.data.dataset import DataFolder
+from epigram.dist import collectives
+from epigram.dist.context import Context
+from epigram.errors import UserError
+from epigram.model.generate import Sampling, sample_batch
+from epigram.model.gpt import GPT
+from epigram.progress import Progress
+from epigram.quant.calibrate import CalibrationConfig, CalibrationSource, HessianCollector, refuse_held_out
+from epigram.quant.policy import calibration_taps, plan
+from epigram.quant.quantize import Stored, quantize_model
+from epigram.quant.report import QuantReport
+from epigram.run.api import silent_ids
+from epigram.run.setup import attention_for_eager
+
+_BATCH_TOKENS = 65_536  # of a calibration forward
+_SELF_BATCH = 64  # sequences that the model writes at once
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Tensors of the artifact, what quantization cost, where its statistics come from, and how long it took."""
+
+    stored: Stored
+    report: QuantReport
+    source: CalibrationSource
+    calibrate_s: float
+    quantize_s: float
+
+
+def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> Quantized:
+    """Calibrate on this model and quantize it; the windows are shared out over the ranks, the Hessians summed."""
+    start_s = time.perf_counter()
+    hessians: dict[str, Tensor] = {}
+    source = CalibrationSource(kind="none")
+    named, roles = {name: p.detach() for name, p in model.named_parameters()}, model.roles()
+    if config.quant.needs_hessians:
+        taps = calibration_taps(plan(named, roles, config.quant.grid), tables=config.quant.table_method == "gptq")
+        collector = HessianCollector(context.device, taps)
+        with (
+            torch.no_grad(),
+            attention_for_eager(model, context),
+            Progress("calibrate", config.quant.calibration.num_windows, "windows") as bar,
+        ):
+            for windows in calibration_batches(model, config, data, context):
+                model(windows.to(context.device), tap=collector.tap)
+                bar.advance(len(windows) * context.world_size)
+        hessians = collector.finish(partial(_summed, context) if context.world_size > 1 else None)
+        source = config.quant.calibration.provenance()
+    _wait(context)
+    calibrated_s = time.perf_counter()
+    with Progress("quantize", sum(p.numel() for p in named.values()), "weights") as bar:
+        stored, report = quantize_model(named, roles, hessians, config.quant, bar.advance)
+    _wait(context)
+    return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s)
+
+
+def calibration_batches(model: GPT, config: Config, data: DataFolder, context: Context) -> Iterator[Tensor]:
+    """This rank's share of the calibration windows, (B, seq_len) int64 a batch: training text, or the model's own."""
+    settings = config.quant.calibration
+    make = _own_text if settings.source == "self" else _training_windows
+    yield from make(model, data, settings, context)
+
+
+def _training_windows(model: GPT, data: DataFolder, settings: CalibrationConfig, context: Context) -> Iterator[Tensor]:
+    num_windows, seq_len = settings.num_windows, settings.seq_len
+    shards = data.split("train")
+    refuse_held_out(shard.path for shard in shards)
+    rooms = np.array([max(len(shard.tokens) - seq_len + 1, 0) for shard in shards])
+    if not rooms.any():
+        raise UserError(
+            f"no training shard holds {seq_len} tokens to calibrate on: set quant.calibration.seq_len lower"
+        )
+    random = np.random.default_rng(settings.seed)
+    chosen = random.choice(len(shards), size=num_windows, p=rooms / rooms.sum())
+    starts = (random.random(num_windows) * rooms[chosen]).astype(np.int64)
+    mine = range(context.rank, num_windows, context.world_size)
+    size = max(_BATCH_TOKENS // seq_len, 1)
+    for first in range(0, len(mine), size):
+        rows = [shards[chosen[i]].tokens[starts[i] : starts[i] + seq_len] for i in mine[first : first + size]]
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def _own_text(model: GPT, data: DataFolder, settings: CalibrationConfig, context: Context) -> Iterator[Tensor]:
+    """Batches are dealt to the ranks, each with a seed of its own: the text is the same for any number of ranks."""
+    banned = silent_ids(data.tokenizer)
+    for first in range(context.rank * _SELF_BATCH, settings.num_windows, context.world_size * _SELF_BATCH):
+        count = min(_SELF_BATCH, settings.num_windows - first)
+        sampling = Sampling(temperature=settings.temperature, seed=settings.seed * 1_000_003 + first)
+        yield torch.cat(list(sample_batch(model, count, settings.seq_len, sampling, banned=banned)), dim=1)
+
+
+def _summed(context: Context, tensor: Tensor) -> Tensor:
+    collectives.sum_(context, [tensor])
+    return tensor
+
+
+def _wait(context: Context) -> None:
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def over_budget(config: Config, result: dict[str, Any]) -> list[str]:
+    """What a finished run exceeded, in sentences; empty when it kept to all its limits."""
+    found = []
+    spent_s = result["train_s"] + result["calibrate_s"] + result["quantize_s"]
+    if config.budget.clock == "wall" and spent_s > config.budget.train_s:
+        found.append(
+            f"training, calibration and quantization took {spent_s:.1f} s of {config.budget.train_s:.1f} s: "
+            "raise budget.calibrate_s or lower quant.calibration.num_windows"
+        )
+    if result["total_bytes"] > config.artifact.cap_bytes:
+        found.append(
+            f"artifact and code take {result['total_bytes']:,} bytes of {config.artifact.cap_bytes:,}: "
+            "raise quant.grid.sigma, shrink the model, or export with another codec"
+        )
+    scored_s = sum(row["score_s"] for row in result.get("scores", {}).get("quantized", {}).values())
+    if scored_s > config.budget.score_s:
+        found.append(f"scoring took {scored_s:.1f} s of {config.budget.score_s:.1f} s: raise score.stride")
+    return found

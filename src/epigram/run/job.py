@@ -1,0 +1,277 @@
+"""The main job from start to end: data, training, export, score, report of what came out."""
+
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from epigram.config import Config, load_recipe, to_tree
+from epigram.data.cache import ensure_built
+from epigram.data.dataset import DataFolder
+from epigram.dist import collectives
+from epigram.dist.context import Context, open_context
+from epigram.errors import UserError
+from epigram.evaluation.scorer import TokenLoss
+from epigram.model.gpt import GPT
+from epigram.optim.base import restore
+from epigram.run import checkpoint
+from epigram.run.budget import timed
+from epigram.run.export import over_budget, quantize
+from epigram.run.machine import environment
+from epigram.run.record import CONFIG, RunRecord
+from epigram.run.score import score_split
+from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, should_compile, token_loss
+from epigram.run.size import forecast_bytes
+from epigram.run.summary import compressor_rows, log_summary
+from epigram.run.train import figures, save_checkpoint, train
+from epigram.run.train import resume as resume_session
+from epigram.run.warmup import warm_up
+from epigram.run.weights import ARTIFACT, TOKENIZER, final_weights, load_model, pack
+
+
+class OverBudgetError(UserError):
+    """The run is finished and scored, but exceeded one of its limits."""
+
+
+def run_job(
+    recipe: str,
+    *,
+    data_path: str | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    until: str = "export",
+    resume: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Train a recipe and bring it to a scored artifact; returns the result that the run folder holds.
+
+    data_path: None for the data of the run that is resumed, else for the text that every Python carries. until: "train"
+    stops after the last step. resume: a run folder to go on with; its own config counts then.
+    Raises UserError for what the user can mend; the run folder says how far it came. The result is empty in processes
+    other than the first.
+    """
+    with open_context(device) as context:
+        config = run_config(resume, overrides) if resume else load_recipe(recipe, overrides)
+        saved = checkpoint.load(resume) if resume else None
+        data = prepare_data(data_path or (_data_of(saved) if saved else "stdlib"), config)
+        session = build_session(config, data, context)
+        if saved is not None:  # before the folder is touched: what does not fit must not change it
+            resume_session(session, saved)
+        with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
+            _begin(session, record)
+            try:
+                _train(session, record)
+                if until == "export":
+                    finish_run(config, session.model, session.nll, data, context, record)
+            finally:
+                session.loader.close()
+        return _checked(config, record) if until == "export" else _result(record)
+
+
+def export_job(
+    run: Path,
+    *,
+    data_path: str | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+) -> dict[str, Any]:
+    """The steps after training, from a run's newest checkpoint, with changed settings, into a folder of its own."""
+    with open_context(device) as context:
+        config, saved = run_config(run, overrides), checkpoint.load(run)
+        data = prepare_data(data_path or _data_of(saved), config)
+        check_fit(config, data)
+        if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
+            raise UserError(f"{data.path} has another tokenizer than {run} was trained with: name the data of the run")
+        compiled = should_compile(config.run.compile, context)
+        model, paths = build_model(config, context, compiled)
+        restore(model.state_dict(), final_weights(saved), "this model")
+        with _record(out or _next_export(run, context), config, context) as record:
+            record.environment(environment(paths))
+            facts = {**saved.state["facts"], "data": str(data.path.resolve())}
+            record.update(**facts, exported_from=str(run.resolve()), paths=paths)
+            finish_run(config, model, token_loss(model, compiled), data, context, record)
+        return _checked(config, record)
+
+
+def run_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The config that a run folder holds, changed. Raises UserError when it is no run folder."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is no run folder: it has no {CONFIG}")
+    return load_recipe(str(run / CONFIG), overrides)
+
+
+def _data_of(saved: checkpoint.Checkpoint) -> str:
+    """Where the data of a run are. Raises UserError when they are there no more."""
+    path: str = saved.state["facts"]["data"]
+    if not Path(path).exists():
+        raise UserError(f"the data of this run are no longer at {path}: say by --data where they are")
+    return path
+
+
+def prepare_data(path: str, config: Config) -> DataFolder:
+    """The data at `path`; text is built by the first process that comes, and the others wait for it."""
+    opened = ensure_built(
+        path,
+        CACHE,
+        vocab_size=config.model.vocab_size,
+        normalization=config.data.normalization,
+        val_fraction=config.data.val_frac,
+    )
+    for note in opened.notes:
+        print(f"data: {note}", file=sys.stderr)
+    return opened.data
+
+
+def finish_run(
+    config: Config, model: GPT, nll: TokenLoss, data: DataFolder, context: Context, record: RunRecord
+) -> None:
+    """Quantize `model`, pack it, read the file back and score that; every figure goes into the record.
+
+    nll: the loss of scoring with the weights of `model`, which afterwards holds those of the file.
+
+    The float model is scored by the first of the recipe's methods, so that like is compared with like.
+    """
+    quantized = quantize(model, config, data, context)
+    record.update(
+        calibrate_s=round(quantized.calibrate_s, 3),
+        quantize_s=round(quantized.quantize_s, 3),
+        quantization=quantized.report.to_dicts(),
+        calibration=quantized.source.to_dict(),
+    )
+    first = config.score.method(config.score.methods[0])
+    score = partial(score_split, nll, data, context=context, batch_tokens=config.score.batch_tokens)
+    record.score("float", first.name, score(first))
+    times: dict[str, float] = {}
+    path = record.folder / ARTIFACT
+    with collectives.together(context):
+        if context.is_main:
+            with timed(times, "pack_s"):
+                report = pack(path, config, quantized.stored, data.tokenizer, quantized.source.to_dict())
+            record.update(
+                pack_s=round(times["pack_s"], 3),
+                artifact_bytes=report.total_bytes,
+                code_bytes=config.artifact.code_bytes,
+                total_bytes=report.total_bytes + config.artifact.code_bytes,
+                cap_bytes=config.artifact.cap_bytes,
+                sizes=report.rows(),
+                bits_per_weight=report.bits_per_weight,
+                over_model=report.over_model,
+            )
+    packed = load_model(path, str(context.device), tokenizer=data.tokenizer)
+    # What is scored are the weights of the file; the graph that scored the float model serves again.
+    model.load_state_dict(packed.gpt.state_dict())
+    for name in config.score.methods:
+        record.score("quantized", name, score(config.score.method(name)))
+    if config.run.sample_tokens and context.is_main:
+        prompt = config.run.sample_prompt
+        text = packed.generate(prompt, config.run.sample_tokens)
+        record.sample(prompt, text, temperature=0.8)
+        record.update(sample=prompt + text)
+    if config.run.compressors and context.is_main:
+        record.update(compressors=compressor_rows(data))
+    if context.is_main:
+        log_summary(record)
+
+
+def _begin(session: Session, record: RunRecord) -> None:
+    config, data = session.config, session.data
+    record.result.clear()  # a run that is resumed has other results than it had
+    record.environment(environment(session.paths))
+    if record.writes:
+        (record.folder / TOKENIZER).write_bytes(data.tokenizer.proto)
+    for name, choice in session.paths.items():
+        record.log(f"{name}: {choice}")
+    num_parameters = sum(p.numel() for p in session.model.parameters())
+    record.log(f"recipe {config.recipe}, seed {config.seed}: {num_parameters:,} parameters")
+    record.log(_forecast(config, session.model))
+    where = str(data.path.resolve())
+    record.update(recipe=config.recipe, seed=config.seed, parameters=num_parameters, data=where)
+
+
+def _forecast(config: Config, model: GPT) -> str:
+    """What the artifact will probably take of its cap, in a line."""
+    expected, cap = forecast_bytes(config, model) + config.artifact.code_bytes, config.artifact.cap_bytes
+    line = (
+        f"forecast: artifact and code take about {expected:,} bytes, {100 * expected / cap:.0f} % of the cap of {cap:,}"
+    )
+    return line if expected <= cap else f"warning: {line}; the run will probably end over it"
+
+
+def _train(session: Session, record: RunRecord) -> None:
+    config = session.config
+    times: dict[str, float] = {}
+    with timed(times, "warmup_s"):
+        warm_up(session)
+    record.log(f"warm-up: {times['warmup_s']:.1f} s, not counted; all state restored")
+    record.update(warmup_s=round(times["warmup_s"], 3))
+    first = config.score.method("blocks")
+    validate = partial(
+        score_split,
+        session.nll,
+        session.data,
+        first,
+        session.context,
+        batch_tokens=config.score.batch_tokens,
+        max_tokens=config.run.val_tokens,
+    )
+    train(session, record, lambda: _validation(validate()))
+    record.update(**figures(session), peak_memory_bytes=_peak_memory(session.context), paths=session.paths)
+    save_checkpoint(session, record)  # with the weights that training would go on from
+    session.average.copy_to()
+
+
+def _validation(row: dict[str, Any]) -> dict[str, float]:
+    return {"val_nats": row["val_nats"], "val_bpb": row["val_bpb"]}
+
+
+def _peak_memory(context: Context) -> int:
+    """Bytes: of the device's allocator on CUDA, of the process elsewhere."""
+    import torch
+
+    if context.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _checked(config: Config, record: RunRecord) -> dict[str, Any]:
+    if record.writes and (problems := over_budget(config, record.result)):
+        raise OverBudgetError(f"{record.folder}: " + "; ".join(problems))
+    return _result(record)
+
+
+def _result(record: RunRecord) -> dict[str, Any]:
+    return {"run": str(record.folder), **record.result} if record.writes else {}
+
+
+def _record(folder: Path, config: Config, context: Context, resume: bool = False) -> RunRecord:
+    """The record in `folder`; when rank 0 cannot use it, no rank goes on."""
+    with collectives.together(context):
+        return RunRecord(folder, to_tree(config), writers=config.run.writers, resume=resume, rank=context.rank)
+
+
+def _new_folder(recipe: str, context: Context) -> Path:
+    """runs/RECIPE-DATE-TIME, the same on every rank, with a number where a run of the same second has that name."""
+    now = time.localtime(collectives.from_main(context, time.time()))
+    stem = Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+    number = 1
+    while context.is_main and _numbered(stem, number).exists():
+        number += 1
+    return _numbered(stem, int(collectives.from_main(context, number)))
+
+
+def _numbered(stem: Path, number: int) -> Path:
+    return stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+
+
+def _next_export(run: Path, context: Context) -> Path:
+    number = 1
+    while context.is_main and (run / f"export-{number}").exists():
+        number += 1
+    return run / f"export-{int(collectives.from_main(context, number))}"

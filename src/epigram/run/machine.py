@@ -1,0 +1,142 @@
+"""Facts about this machine and this installation, collected once and stored with a run.
+
+Every function answers with plain values that fit into JSON, and with None where a fact cannot be had.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# The distributions whose versions can change a result or its timing.
+_LIBRARIES = (
+    "epigram",
+    "torch",
+    "numpy",
+    "sentencepiece",
+    "brotli",
+    "constriction",
+    "zstandard",
+    "triton",
+    "flash-attn-4",
+)
+_TIMEOUT_S = 10
+
+
+def environment(paths: dict[str, str] | None = None, **facts: Any) -> dict[str, Any]:
+    """What environment.json holds. paths: the backends and kernels in use; facts: whatever else matters."""
+    return {
+        "command": sys.argv,
+        "commit": commit(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": cpu_count(),
+        "threads": thread_count(),
+        "memory_bytes": memory_bytes(),
+        "gpus": gpus(),
+        "driver": nvidia_driver(),
+        "paths": paths or {},
+        **facts,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed ones of the libraries that matter."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """{"hash", "changed"} of the checkout that this package runs from; None for an installed copy."""
+    folder = Path(__file__).resolve().parent
+    # An installed copy may lie inside a repository of the user's; then its files are not tracked there.
+    if _output("git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    found = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    if found is None:
+        return None
+    changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", ".")
+    return {"hash": found, "changed": bool(changed)}
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def cpu_count() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def thread_count() -> int | None:
+    """Threads of one CPU operation of torch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.get_num_threads()
+
+
+def memory_bytes() -> int | None:
+    """Memory that this process may use: the machine's, or the container's limit where that is less."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # names unknown to this system
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return found
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability and memory of each CUDA device; empty without any."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        capability = [facts.major, facts.minor]
+        found.append({"name": facts.name, "capability": capability, "memory_bytes": facts.total_memory})
+    return found
+
+
+def nvidia_driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None when there is no such command or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,130 @@
+"""Scores: of the model in training, of the finished one, and of any file on any text."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epigram.artifact.tokenizer_section import compact
+from epigram.data.cache import ensure_built
+from epigram.data.dataset import DataFolder, is_published_layout, open_data
+from epigram.data.manifest import MANIFEST
+from epigram.dist import collectives
+from epigram.dist.context import Context
+from epigram.errors import UserError
+from epigram.evaluation.scorer import TokenLoss, score
+from epigram.evaluation.windows import METHODS, Method
+from epigram.model.gpt import GPT
+from epigram.run.api import Model
+from epigram.run.record import final_line
+from epigram.run.setup import CACHE, attach_attention, should_compile, token_loss
+from epigram.run.weights import TOKENIZER, load_model
+
+
+def score_split(
+    nll: TokenLoss,
+    data: DataFolder,
+    method: Method,
+    context: Context,
+    *,
+    batch_tokens: int,
+    split: str = "val",
+    max_tokens: int = 0,
+) -> dict[str, Any]:
+    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s.
+
+    max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
+    """
+    tokens = data.stream(split)
+    whole = not 0 < max_tokens < len(tokens) - 1
+    tokens = tokens if whole else tokens[: max_tokens + 1]
+    start_s = time.perf_counter()
+    found = score(
+        nll,
+        tokens,
+        data.tokenizer.byte_tables(),
+        method,
+        device=context.device,
+        batch_tokens=max(batch_tokens, method.seq_len),
+        expected_bytes=data.split_bytes(split) if whole else None,
+        rank=context.rank,
+        world_size=context.world_size,
+        reduce=partial(_summed, context) if context.world_size > 1 else None,
+        progress=context.is_main,
+    )
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+    score_s = time.perf_counter() - start_s
+    return {
+        **found.as_dict(),
+        "seq_len": method.seq_len,
+        "stride": method.stride,
+        "score_s": round(score_s, 3),
+    }
+
+
+def score_model(
+    path: Path,
+    data_path: str,
+    *,
+    methods: Sequence[str] = (),
+    seq_len: int | None = None,
+    stride: int | None = None,
+    split: str = "val",
+    batch_tokens: int = 65_536,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
+
+    Data that is text is tokenized with the model's own tokenizer.
+    """
+    model, data = _open(path, data_path, device)
+    context = Context(device=model.gpt.embed.device)
+    seq_len = seq_len or model.context_len
+    nll = token_loss(model.gpt, compile_for_scoring(model.gpt, context))
+    rows = {}
+    for name in methods or METHODS:
+        width = seq_len if name == "blocks" else stride or max(seq_len // 8, 1)
+        method = Method(name=name, seq_len=seq_len, stride=width)
+        rows[name] = score_split(nll, data, method, context, batch_tokens=batch_tokens, split=split)
+        print(final_line(name, rows[name]["val_nats"], rows[name]["val_bpb"]), flush=True)
+    return {"model": str(path), "data": data_path, "split": split, "scores": rows}
+
+
+def _open(path: Path, data_path: str, device: str) -> tuple[Model, DataFolder]:
+    """Model and data that belong together; UserError where they do not."""
+    if not is_built(Path(data_path)):
+        model = load_model(path, device)
+        with tempfile.TemporaryDirectory() as folder:
+            (tokenizer := Path(folder) / TOKENIZER).write_bytes(model.tokenizer.proto)
+            return model, ensure_built(data_path, CACHE, tokenizer_file=tokenizer).data
+    data = open_data(data_path)
+    model = load_model(path, device, tokenizer=data.tokenizer)
+    # An artifact carries what encoding needs of a tokenizer, so the files differ where the tokenizers do not.
+    if compact(model.tokenizer.proto) != compact(data.tokenizer.proto):
+        raise UserError(
+            f"{data_path} was tokenized with another tokenizer than the model's: give the text itself, or build it "
+            "again with `epigram data build ... --tokenizer` and the model's own"
+        )
+    return model, data
+
+
+def is_built(path: Path) -> bool:
+    """Whether this is a data folder, not text."""
+    return (path / MANIFEST).exists() or is_published_layout(path)
+
+
+def compile_for_scoring(model: GPT, context: Context) -> bool:
+    """Compile on CUDA where a compiler is there, with the attention backends that this allows."""
+    compiled = should_compile("auto", context)
+    attach_attention(model, "auto", context, compiled)
+    return compiled
+
+
+def _summed(context: Context, tensor: torch.Tensor) -> torch.Tensor:
+    collectives.sum_(context, [tensor])
+    return tensor

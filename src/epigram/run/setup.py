@@ -1,0 +1,209 @@
+"""Builds everything a run needs, says which paths it takes, and does nothing else."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epigram.attention.base import Request, choose
+from epigram.config import Config
+from epigram.data.dataset import DataFolder
+from epigram.data.lanes import lanes_of_rank
+from epigram.data.loader import Loader
+from epigram.dist import collectives
+from epigram.dist.context import Context
+from epigram.errors import UserError
+from epigram.evaluation.scorer import TokenLoss
+from epigram.model.gpt import GPT, BankTransform
+from epigram.optim.average import Average, average_of
+from epigram.optim.gradients import LaneGradients, lane_weights
+from epigram.optim.optimizer import Optimizer
+from epigram.quant.qat import fake_quantize
+from epigram.run.budget import Clock, make_clock
+
+CACHE = Path(".cache/epigram/data")
+"""Where text given as --data is built, below the current folder."""
+
+_MOST_GRAPHS = 64  # of one function: lengths of lanes times phases
+
+LaneLoss = Callable[[Tensor, Tensor, Tensor | None, float, BankTransform | None], Tensor]
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run in progress: the parts, and how far it is.
+
+    lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. nll: the (compiled) loss of
+    scoring. quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
+    a choice, for the log. times_s: the schedules' clock at the start of each step. trained_s: what steps really took.
+    """
+
+    config: Config
+    context: Context
+    data: DataFolder
+    model: GPT
+    optimizer: Optimizer
+    average: Average
+    gradients: LaneGradients
+    loader: Loader
+    lanes: tuple[int, ...]
+    lane_loss: LaneLoss
+    nll: TokenLoss
+    quantized: BankTransform
+    clock: Clock
+    paths: dict[str, str]
+    step: int = 0
+    times_s: list[float] = field(default_factory=list)
+    trained_s: float = 0.0
+
+    def reduce(self) -> Callable[[list[Tensor]], None] | None:
+        """How gradients are summed over processes; None when there is nothing to communicate."""
+        return partial(collectives.sum_, self.context) if self.context.world_size > 1 else None
+
+
+def build_session(config: Config, data: DataFolder, context: Context) -> Session:
+    """Everything on the device, initial weights drawn. Raises UserError when recipe, data and machine do not fit."""
+    check_fit(config, data)
+    compiled = should_compile(config.run.compile, context)
+    model, paths = build_model(config, context, compiled)
+    model.initialize(config.seed)
+    named, roles = dict(model.named_parameters()), model.roles()
+    lanes = lanes_of_rank(config.flat_lanes, context.rank, context.world_size)
+    paths["lanes"] = (
+        f"{len(config.flat_lanes)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
+    )
+    weights = lane_weights([lane.num_tokens for lane in config.flat_lanes], config.gradients.lane_weight)
+    return Session(
+        config=config,
+        context=context,
+        data=data,
+        model=model,
+        optimizer=Optimizer(named, roles, config.optim),
+        average=average_of(named, config.average),
+        gradients=LaneGradients(
+            named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
+        ),
+        loader=Loader(
+            data.split("train"),
+            config.flat_lanes,
+            seed=config.seed,
+            lane_indices=lanes,
+            pin=context.device.type == "cuda",
+            vocab_size=config.model.vocab_size,
+        ),
+        lanes=lanes,
+        lane_loss=compile_shapes(model.loss) if compiled else model.loss,
+        nll=token_loss(model, compiled),
+        quantized=bank_transform(model, config),
+        clock=make_clock(config.budget, partial(collectives.from_main, context)),
+        paths=paths,
+    )
+
+
+def build_model(config: Config, context: Context, compiled: bool) -> tuple[GPT, dict[str, str]]:
+    """The model on its device with precision and attention chosen, weights not yet set; and the choices, in words."""
+    if context.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
+    model = GPT(config.model).to(context.device)
+    model.compute_dtype, paths = pick_precision(config.run.precision, context)
+    paths["compile"] = "on" if compiled else "off"
+    return model, paths | attach_attention(model, config.run.attention, context, compiled)
+
+
+def token_loss(model: GPT, compiled: bool) -> TokenLoss:
+    """The loss of each token, for scoring; it uses the model's weights as they are when it is called."""
+    return compile_shapes(model.nll) if compiled else model.nll
+
+
+def compile_shapes(function: Any) -> Any:
+    """`function`, compiled for each shape and phase that it is called with.
+
+    torch stops to compile after eight of them and goes on in silence, several times slower; here it raises instead.
+    """
+    from torch._dynamo import config as dynamo
+
+    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = _MOST_GRAPHS, True
+    return torch.compile(function, dynamic=False)
+
+
+def attach_attention(model: GPT, backend: str, context: Context, compiled: bool) -> dict[str, str]:
+    """Give the model its attention backends for full and for windowed layers; returns their names."""
+    c = model.config
+    request = Request(
+        device_type=context.device.type,
+        capability=context.capability,
+        dtype=model.compute_dtype,
+        head_dim=c.head_dim,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        window=0,
+        compiled=compiled,
+    )
+    paths = {}
+    paths["attention"], model.attend = choose(backend, request)
+    if c.window_layers:
+        windowed, model.attend_window = choose(backend, replace(request, window=c.window))
+        paths["attention of windowed layers"] = windowed
+    return paths
+
+
+@contextmanager
+def attention_for_eager(model: GPT, context: Context) -> Iterator[None]:
+    """Inside, the model may run uncompiled: with backends that do not need the compiler."""
+    chosen = model.attend, model.attend_window
+    attach_attention(model, "auto", context, compiled=False)
+    try:
+        yield
+    finally:
+        model.attend, model.attend_window = chosen
+
+
+def pick_precision(name: str, context: Context) -> tuple[torch.dtype, dict[str, str]]:
+    """bfloat16 where the device multiplies it fast, float32 elsewhere: a CPU may be 200 times slower in bfloat16."""
+    fast = context.device.type == "cuda" and (context.capability or (0, 0)) >= (8, 0)
+    name = name if name != "auto" else "bfloat16" if fast else "float32"
+    where = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
+    return getattr(torch, name), {"device": where, "precision": name}
+
+
+def should_compile(setting: str, context: Context) -> bool:
+    """Whether to compile: asked for, or left open and a compiler is there. Raises UserError when asked for in vain."""
+    available = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+    if setting == "on" and not available:
+        raise UserError('run.compile = "on" needs a C++ compiler (install g++), or set run.compile=off')
+    return setting == "on" or (setting == "auto" and context.device.type == "cuda" and bool(available))
+
+
+def bank_transform(model: GPT, config: Config) -> BankTransform:
+    """Fake quantization of every bank on the grid of the export."""
+    splits = {role.bank: role.splits for role in model.roles().values() if role.kind == "matrix"}
+
+    def transform(name: str, bank: Tensor) -> Tensor:
+        return fake_quantize(bank, splits[name], config.quant.grid)
+
+    return transform
+
+
+def check_fit(config: Config, data: DataFolder) -> None:
+    """Raises UserError when the data's vocabulary is not the model's."""
+    found = data.tokenizer.vocab_size
+    if found != config.model.vocab_size:
+        raise UserError(
+            f"the data has a vocabulary of {found}, the recipe {config.model.vocab_size}: "
+            f"set model.vocab_size={found}, or build the data with --vocab-size {config.model.vocab_size}"
+        )
+
+
+def state_of(session: Session) -> dict[str, dict[str, Any]]:
+    """All tensors that training changes, as live tensors by part."""
+    return {
+        "model": dict(session.model.state_dict()),
+        "optimizer": session.optimizer.state_dict(),
+        "average": session.average.state_dict(),
+    }

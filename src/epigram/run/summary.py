@@ -1,0 +1,82 @@
+"""The table at the end of a run: bytes, scores, and what general compressors need for the same text."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from epigram.data.dataset import DataFolder
+from epigram.evaluation.compressors import MAX_PRIMER_BYTES, MAX_TEXT_BYTES, compare_compressors
+from epigram.run.record import RunRecord
+
+
+def compressor_rows(data: DataFolder) -> list[dict[str, Any]]:
+    """What xz, zstd and brotli need for the validation text, alone and primed with the training text."""
+    text = data.text("val", MAX_TEXT_BYTES)  # a token stands for a byte at least, most of the time
+    primer = data.text("train", MAX_PRIMER_BYTES, from_end=True)
+    rows = compare_compressors(text, primer, whole_text_bytes=data.split_bytes("val"))
+    return [row.as_dict() for row in rows]
+
+
+def log_summary(record: RunRecord) -> None:
+    """Print and log the result: quantization by class of tensor, bytes, scores, a sample."""
+    result = record.result
+    record.log("")
+    head = ("class", "method", "weights", "bits a weight", "error", "weighted error")
+    _table(record, head, _classes(result))
+    share = 100 * result["total_bytes"] / result["cap_bytes"]
+    record.log(
+        f"artifact {result['artifact_bytes']:,} bytes + code {result['code_bytes']:,} = {result['total_bytes']:,}, "
+        f"{share:.1f} % of the cap of {result['cap_bytes']:,}"
+    )
+    if (over := result["over_model"]) is not None:
+        bits = result["bits_per_weight"]
+        record.log(f"codes: {bits:.4f} bits a weight, {100 * over:.3f} % above the entropy of the codec's own model")
+    _table(record, ("the validation text", "bits per byte", "nats a token", "tokens", "bytes"), _scores(result))
+    if sample := result.get("sample"):
+        record.log("")
+        record.log(sample)
+
+
+def _classes(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            row["tensor_class"],
+            row["method"],
+            f"{row['weights']:,}",
+            f"{row['entropy_bits']:.3f}",
+            f"{row['relative_error']:.2e}",
+            "" if row["hessian_error"] is None else f"{row['hessian_error']:.2e}",
+        )
+        for row in result["quantization"]
+    ]
+
+
+def _scores(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = [
+        (
+            f"epigram, {model} model, {method}",
+            f"{row['val_bpb']:.4f}",
+            f"{row['val_nats']:.4f}",
+            f"{row['tokens']:,}",
+            f"{row['bytes']:,}",
+        )
+        for model, methods in result["scores"].items()
+        for method, row in methods.items()
+    ]
+    others = result.get("compressors", [])
+    return rows + [(row["label"], f"{row['bpb']:.4f}", "", "", f"{row['text_bytes']:,}") for row in others]
+
+
+def _table(record: RunRecord, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head)
+    for column in table.columns:
+        column.justify = "left" if column.header in ("class", "method", "the validation text") else "right"
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=110)
+    console.print(table)
+    for line in console.file.getvalue().rstrip("\n").split("\n"):  # type: ignore[attr-defined]
+        record.log(line)

@@ -1,0 +1,132 @@
+"""Models from files: a packed artifact, or a run's checkpoint in floating point."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cattrs
+import torch
+
+from epigram.artifact import tensors as artifact
+from epigram.config import Config, load_recipe, parse_model
+from epigram.data.tokenizer import Tokenizer
+from epigram.dist.context import Context, pick_device
+from epigram.errors import ArtifactError, UserError
+from epigram.model.config import ModelConfig
+from epigram.model.gpt import GPT
+from epigram.optim.base import restore as restore_floats
+from epigram.quant.quantize import Stored, restore
+from epigram.run import checkpoint
+from epigram.run.api import Model
+from epigram.run.record import CONFIG
+from epigram.run.setup import attach_attention, pick_precision
+
+ARTIFACT = "model.epigram"
+TOKENIZER = "tokenizer.model"
+
+
+def pack(
+    path: Path, config: Config, stored: Stored, tokenizer: Tokenizer, provenance: dict[str, Any]
+) -> artifact.SizeReport:
+    """Write the artifact of a quantized model and say what each part takes."""
+    contents = artifact.Contents(
+        model=_plain(asdict(config.model)) | {"context_len": config.context_len},
+        tensors=stored,
+        tokenizer_proto=tokenizer.proto if config.artifact.tokenizer else None,
+        provenance=provenance,
+        recipe=config.recipe,
+        cap_bytes=config.artifact.cap_bytes,
+    )
+    return artifact.save(path, contents, codec=config.artifact.codec)
+
+
+def load_model(path: Path, device: str = "auto", *, tokenizer: Tokenizer | None = None) -> Model:
+    """The model in an artifact, a run folder or a checkpoint, ready to use on `device`.
+
+    A run folder means its artifact if it has one, else its newest checkpoint. `tokenizer` is used when the file carries
+    none. Raises UserError or ArtifactError with what is wrong.
+    """
+    context = Context(device=pick_device(device))
+    if path.is_dir() and (path / ARTIFACT).is_file():
+        path = path / ARTIFACT
+    if path.is_file():
+        return _from_artifact(path, context, tokenizer)
+    if path.is_dir():
+        return _from_checkpoint(path, context, tokenizer)
+    raise UserError(f"there is no model at {path}: give a .epigram file, a run folder or a checkpoint folder")
+
+
+def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None) -> Model:
+    contents = artifact.load(path)
+    settings = dict(contents.model)
+    try:
+        context_len = settings.pop("context_len")
+        config = parse_model(settings)
+    except (KeyError, UserError) as error:
+        raise ArtifactError(f"{path} describes no model that this release knows: {error}") from error
+    if type(context_len) is not int or not 1 <= context_len <= 1 << 24:
+        raise ArtifactError(f"{path} gives no usable context length, but {context_len!r}")
+    model = _outline(config, sum(math.prod(tensor.shape) for tensor in contents.tensors.values()), path)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    weights = restore(contents.tensors, model.roles(), shapes)
+    model.load_state_dict(weights, assign=True)
+    if contents.tokenizer_proto is not None:
+        tokenizer = Tokenizer.from_bytes(contents.tokenizer_proto)
+    info = {"recipe": contents.recipe, "provenance": contents.provenance, "path": str(path)}
+    return _ready(model, context, _needed(tokenizer, path), context_len, info)
+
+
+def _outline(config: ModelConfig, num_weights: int, path: Path) -> GPT:
+    """The model without memory for its weights. Raises ArtifactError when the file does not hold as many."""
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+        described = sum(p.numel() for p in model.parameters())
+    except (RuntimeError, OverflowError) as error:  # sizes whose product no machine can number
+        raise ArtifactError(f"{path} describes a model of impossible size") from error
+    if described != num_weights:
+        raise ArtifactError(f"{path} describes a model of {described:,} weights, but holds {num_weights:,}")
+    return model
+
+
+def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None) -> Model:
+    run = path if (path / CONFIG).is_file() else path.resolve().parent.parent
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{path} is neither a run folder nor a checkpoint in one: there is no {CONFIG}")
+    config = load_recipe(str(run / CONFIG))
+    saved = checkpoint.load(path)
+    model = GPT(config.model)
+    restore_floats(model.state_dict(), final_weights(saved), "this model")
+    if tokenizer is None and (run / TOKENIZER).is_file():
+        tokenizer = Tokenizer.from_file(run / TOKENIZER)
+    info = {"recipe": config.recipe, "path": str(path), "step": saved.state["step"]}
+    return _ready(model, context, _needed(tokenizer, path), config.context_len, info)
+
+
+def final_weights(saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint, or the plain ones where the run does not average."""
+    averaged = saved.part("average.average")
+    return averaged or saved.part("model")
+
+
+def _needed(tokenizer: Tokenizer | None, path: Path) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(f"{path} carries no tokenizer: score it with --data, whose tokenizer is then used")
+    return tokenizer
+
+
+def _ready(model: GPT, context: Context, tokenizer: Tokenizer, context_len: int, info: dict[str, Any]) -> Model:
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+    model = model.to(context.device).requires_grad_(False)
+    model.compute_dtype, _ = pick_precision("auto", context)
+    attach_attention(model, "auto", context, compiled=False)
+    return Model(model, tokenizer, context_len, info)
+
+
+def _plain(value: Any) -> Any:
+    return cattrs.Converter().unstructure(value)

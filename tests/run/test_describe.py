@@ -1,0 +1,105 @@
+"""What a recipe is, against the published numbers and against a run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import result_of, rows_of, short
+
+from epigram.config import load_recipe, recipe_names
+from epigram.errors import UserError
+from epigram.model.gpt import GPT
+from epigram.run.describe import describe, print_description
+from epigram.run.size import forecast_bytes
+
+PUBLISHED = {"pr1212": 29_751_910, "pr1130": 27_605_108, "pr1019": 27_067_484, "pr549": 26_928_220}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe(name: str, capsys):
+    config = load_recipe(name)
+    found = describe(config)
+    assert json.loads(json.dumps(found)) == found, "plain values"
+    assert found["parameters"] == PUBLISHED.get(name, found["parameters"]) == sum(found["parameters_by_part"].values())
+    assert [row["seq_len"] for row in found["lanes"]] == [lane.seq_len for lane in config.flat_lanes]
+    assert {row["rank"] for row in found["lanes"]} == {0}
+    assert found["tokens_per_step"] == sum(row["seq_len"] * row["num_seqs"] for row in found["lanes"])
+    assert found["forecast_bytes"] < found["cap_bytes"], "a shipped recipe fits"
+    assert found["cap_bytes"] == config.artifact.cap_bytes
+    curve = found["schedule"]
+    assert [point["progress"] for point in curve] == pytest.approx([i / 10 for i in range(11)])
+    assert curve[-1]["lr"] == pytest.approx(config.schedule.min_lr)
+    assert max(point["lr"] for point in curve) <= 1
+    print_description(found)
+    printed = capsys.readouterr().out
+    assert f"{found['parameters']:,} parameters" in printed
+    assert f"{found['tokens_per_step']:,} tokens" in printed
+
+
+def test_lanes_of_pr1212_on_other_machines():
+    config = load_recipe("pr1212")
+    assert describe(config)["world_sizes"] == [1, 2, 4, 8]
+    assert [row["rank"] for row in describe(config, 8)["lanes"]] == list(range(8))
+    assert [row["rank"] for row in describe(config, 4)["lanes"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(UserError, match="8 lanes cannot be shared evenly by 3 processes: use 1, 2, 4, 8"):
+        describe(config, 3)
+
+
+def test_operations_of_a_token_are_those_that_torch_counts():
+    """Three forwards' worth; torch's counter knows nothing of windows and causality, so attention is left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = short("model.window_layers=[]")
+    model = GPT(config.model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model(torch.zeros((1, 64), dtype=torch.int64)))
+    products = counter.get_flop_counts()["Global"]
+    counted = sum(flops for op, flops in products.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    (row,) = (row for row in describe(config)["flops_per_token"] if row["seq_len"] == 64)
+    linear = row["matrices"] + row["head"] + row["projections"]
+    assert linear == pytest.approx(3 * counted / 64, rel=1e-9)
+    assert row["total"] == pytest.approx(linear + row["attention"])
+
+
+def test_the_curve_is_what_a_run_does(finished: Path):
+    """Each logged step of a run of 8 lies on the curve of a description of it."""
+    curve = {round(8 * point["progress"]): point for point in describe(short())["schedule"]}
+    rows = [row for row in rows_of(finished) if "train_loss" in row]
+    matched = 0
+    for row in rows:
+        point = curve.get(row["step"] - 1)
+        if point and math.isclose((row["step"] - 1) / 8, point["progress"]):
+            assert (row["lr"], row["momentum"], row["gamma"]) == pytest.approx(
+                (point["lr"], point["momentum"], point["mile_gamma"])
+            )
+            matched += 1
+    assert matched == 2  # the beginning and the middle
+
+
+@pytest.mark.parametrize(
+    "changes", [(), ("artifact.codec=brotli",), ("model.vocab_size=512", "artifact.tokenizer=false")]
+)
+def test_the_forecast_is_near_the_file(finished: Path, tmp_path: Path, changes: tuple[str, ...]):
+    from epigram.run.job import export_job
+
+    config = short(*changes)
+    with torch.device("meta"):
+        expected = forecast_bytes(config, GPT(config.model))
+    found = (result_of(finished) if not changes else export_job(finished, out=tmp_path / "out", overrides=changes))[
+        "artifact_bytes"
+    ]
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+def test_the_forecast_follows_grid_codec_and_code():
+    def forecast(*changes: str) -> int:
+        return describe(short(*changes))["forecast_bytes"]
+
+    plain = forecast()
+    assert forecast("artifact.code_bytes=1000") == plain + 1000
+    assert forecast("quant.grid.matrix_bits=4") < 0.8 * plain
+    assert forecast("quant.grid.sigma.mlp=14") < plain, "coarser steps"
+    assert forecast("quant.grid.sigma.attention=14") != forecast("quant.grid.sigma.mlp=14"), "each class has its own"
+    assert forecast("artifact.codec=store") > plain
