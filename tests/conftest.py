@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
 
@@ -17,4 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# A busy machine makes an example slow without making it wrong.
+settings.register_profile("epigram", deadline=None)
+settings.load_profile("epigram")
 sys.path.insert(0, str(Path(__file__).parent / "model"))  # golden_model is shared by several folders

@@ -1,0 +1,56 @@
+"""The `epigram` command. Nothing heavy is imported until a command runs, so that --help answers at once."""
+
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from epigram.cli import data, describe, doctor, export, generate, report, score, train
+from epigram.errors import UserError
+
+INTERRUPTED = 130  # what a shell expects after Ctrl-C
+TERMINATED = 143  # and after `kill`, which a cluster sends before it takes a machine away
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="epigram")
+def command() -> None:
+    """Train the best language model that fits in a byte budget and a time budget, and prove its score.
+
+    \b
+    Start:      epigram train demo              (a laptop's CPU, about a minute and a half of training)
+    Your text:  epigram train demo --data my_text.txt
+    One H100:   epigram train h100 --data DIR
+    """
+
+
+for module in (train, export, score, generate, data, describe, report, doctor):
+    command.add_command(module.command)
+
+
+def main() -> None:
+    """Entry point: exit code 0 on success, 2 for a user's mistake (one sentence), 130 after Ctrl-C, 143 after kill."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(command(prog_name="epigram", standalone_mode=False))  # which returns an exit code, or None for 0
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except UserError as error:
+        print(f"epigram: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"epigram: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("epigram: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(TERMINATED)  # as an exception, so that a run folder is completed
+
+
+if __name__ == "__main__":
+    main()

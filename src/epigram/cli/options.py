@@ -1,0 +1,44 @@
+"""Options that several commands share, and how results are printed."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Any], Any]
+
+
+def data_option(*, required: bool) -> Decorator:
+    """--data: a built folder, or text."""
+    return click.option(
+        "--data",
+        "data_path",
+        metavar="PATH",
+        required=required,
+        help="A data folder (epigram data build), or a text file or folder of text, which is built first and cached.",
+    )
+
+
+def device_option() -> Decorator:
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+
+
+def json_option() -> Decorator:
+    return click.option("--json", "as_json", is_flag=True, help="End with one line of JSON on standard output.")
+
+
+def set_option() -> Decorator:
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change one setting of the recipe, e.g. --set budget.train_s=60 (repeatable).",
+    )
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """The last line for a program, if it was asked for; of several processes only the first has a result."""
+    if as_json and result:
+        click.echo(json.dumps(result))

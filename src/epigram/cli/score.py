@@ -1,0 +1,51 @@
+"""`epigram score`: bits per byte of a model on held-out text."""
+
+from pathlib import Path
+
+import click
+
+from epigram.cli.options import data_option, device_option, finish, json_option
+
+
+@click.command("score")
+@click.argument("model", type=click.Path(path_type=Path))
+@data_option(required=True)
+@click.option("--method", "methods", multiple=True, help="blocks or sliding (repeatable); by default both.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens in a window; by default the training context.")
+@click.option("--stride", type=click.IntRange(min=1),
+              help="Tokens between windows of method sliding; by default an eighth of a window.")  # fmt: skip
+@click.option("--split", default="val", show_default=True, help="Split of the data folder.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=65_536,
+    show_default=True,
+    help="Tokens in a forward: speed, not score.",
+)
+@device_option()
+@json_option()
+def command(
+    model: Path,
+    data_path: str,
+    methods: tuple[str, ...],
+    seq_len: int | None,
+    stride: int | None,
+    split: str,
+    batch_tokens: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Score MODEL (a packed file, a run folder or a checkpoint) on the validation split of --data."""
+    from epigram.run.score import score_model
+
+    result = score_model(
+        model,
+        data_path,
+        methods=methods,
+        seq_len=seq_len,
+        stride=stride,
+        split=split,
+        batch_tokens=batch_tokens,
+        device=device,
+    )
+    finish(result, as_json)

@@ -1,0 +1,78 @@
+"""What README.md tells a user to type is what the program takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import epigram
+from epigram.cli.main import command
+from epigram.config import load_recipe, recipe_names
+
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))
+LINES = sorted(
+    {*re.findall(r"^(?:torchrun .*-m )?(epigram [^#\n]+)", BLOCKS, re.MULTILINE)}
+    | {*re.findall(r"`(epigram [^`\n]+)`", README)}
+)
+
+
+def test_there_are_such_lines():
+    assert len(LINES) > 10
+    assert any("--gpus 8" in line for line in LINES)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_each_is_accepted(line: str, monkeypatch):
+    """Up to the work itself: names, options and values are known."""
+    words = shlex.split(line.replace("...", ""))[1:]
+    called: list[dict] = []
+    group = command
+    names = []
+    while isinstance(group, click.Group):
+        names.append(words[len(names)])
+        group = group.commands[names[-1]]  # type: ignore[assignment]
+    monkeypatch.setattr(group, "callback", lambda **options: called.append(options))
+    command.main(words, standalone_mode=False)
+    (options,) = called
+    for name in [options["recipe"]] if options.get("recipe") not in (None, "RECIPE") else []:
+        load_recipe(name, options.get("overrides", ()))
+
+
+def test_every_setting_it_names_exists():
+    settings = re.findall(r"--set '?([\w.]+=[^\s'`]+)", README)
+    assert len(settings) >= 4
+    for setting in settings:
+        load_recipe("demo", [setting])
+
+
+def test_every_recipe_is_in_its_table():
+    for name in recipe_names():
+        assert f"`{name}`" in README, name
+
+
+def test_every_command_is_in_its_table():
+    for name, child in command.commands.items():
+        for inner in getattr(child, "commands", {"": None}):
+            assert f"`epigram {name} {inner}".rstrip() in README, name
+
+
+def test_the_python_example_runs(finished: Path, tmp_path: Path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "model.epigram").write_bytes((finished / "model.epigram").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    model = epigram.load(finished)
+    assert str(model.score("Return a copy of the object.").bpb) in printed
+    assert f"torch.Size([{len(model.tokenizer.encode('def')) + 1}, 512])" in printed
+
+
+def test_the_files_it_points_to_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("http"):
+            assert (Path(__file__).parents[2] / link).exists(), link

@@ -1,0 +1,110 @@
+"""A file imports from layers below it and from its own folder only; the command line imports nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "epigram"
+LAYERS = (
+    (
+        "attention",
+        "kernels",
+        "dist",
+        "errors",
+        "plugin",
+        "progress",
+        "loss",
+        "byte_tables",
+        "quantized",
+        "roles",
+    ),
+    ("model", "optim", "data", "quant", "artifact", "evaluation"),
+    ("config", "recipes"),
+    ("run",),
+    ("cli",),
+)
+HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names of everything that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def upward(path: Path, text: str) -> list[str]:
+    """Imports of `text`, as the file `path`, that the layers forbid."""
+    part = part_of(path)
+    wrong = []
+    for name in imports(ast.parse(text)):
+        package, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if package == "epigram" and target in HEIGHT and target != part and HEIGHT[target] >= HEIGHT[part]:
+            # Leaf files of the lowest layer may use each other; its folders may use leaf files.
+            leaf = HEIGHT[target] == 0 and (SOURCE / f"{target}.py").is_file()
+            if not leaf:
+                wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_upward_import(path: Path) -> None:
+    part = part_of(path)
+    if part in ("__init__", "__main__"):
+        return
+    assert part in HEIGHT, f"{part} has no layer: put it into LAYERS"
+    assert upward(path, path.read_text("utf-8")) == []
+
+
+def test_the_rule_catches_what_it_forbids() -> None:
+    model = SOURCE / "model" / "gpt.py"
+    assert upward(model, "from epigram.run import train") == ["epigram.run.train"]
+    assert upward(model, "def f():\n    import epigram.optim.muon") == ["epigram.optim.muon"]
+    assert upward(model, "from epigram import config") == ["epigram.config"]
+    assert upward(model, "from epigram.attention.base import Attend\nimport torch") == []
+    assert upward(SOURCE / "attention" / "sdpa.py", "from epigram.dist import context") == ["epigram.dist.context"]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ["torch", "numpy", "sentencepiece", "matplotlib", "pyarrow", "cattrs", "rich"]
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom epigram.cli.main import command\n"
+        "result = CliRunner().invoke(command, ['--help'])\nassert result.exit_code == 0 and 'train' in result.output\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+def test_importing_the_package_needs_no_gpu_library() -> None:
+    """Every module imports with the GPU-only libraries made impossible to import."""
+    code = (
+        "import sys, pkgutil, importlib\n"
+        "for name in ('triton', 'flash_attn', 'flash_attn_interface', 'cutlass', 'wandb', 'tensorboard', 'pyarrow'):\n"
+        "    sys.modules[name] = None\n"
+        "import epigram\n"
+        "plugins = ('epigram.run.writers.', 'epigram.data.sources.', 'epigram.attention.')\n"
+        "for module in pkgutil.walk_packages(epigram.__path__, 'epigram.'):\n"
+        "    if module.name.startswith(plugins) or module.name.endswith('__main__'):\n"
+        "        continue\n"
+        "    importlib.import_module(module.name)\n"
+        "print('imported')"
+    )
+    assert run_python(code).strip() == "imported"
