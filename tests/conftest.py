@@ -1,5 +1,6 @@
 """Tests run on one thread each: several run at a time, and small tensors gain nothing from more."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine makes an example slow without making it wrong.
 settings.register_profile("epigram", deadline=None)

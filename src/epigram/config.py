@@ -139,7 +139,7 @@ class RunConfig:
     attention: a backend of `epigram.attention`, or "auto". compile: "auto" (when a compiler is there), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
-    checkpoints (0: only at the end) and how many stay.
+    checkpoints (0: only at the end) and how many stay (0: all).
     writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues.
     """
 
@@ -165,14 +165,11 @@ class RunConfig:
         ]
         problems += [
             f"{name} = {getattr(self, name)} must not be negative"
-            for name in ("log_every", "val_every", "checkpoint_every_s", "sample_tokens")
+            for name in ("log_every", "val_every", "checkpoint_every_s", "checkpoint_keep", "sample_tokens")
             if getattr(self, name) < 0
         ]
-        problems += [
-            f"{name} = {getattr(self, name)} must be at least 1"
-            for name in ("checkpoint_keep", "val_tokens")
-            if getattr(self, name) < 1
-        ]
+        if self.val_tokens < 1:
+            problems.append(f"val_tokens = {self.val_tokens} must be at least 1")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -119,8 +119,11 @@ def is_built(path: Path) -> bool:
 
 
 def compile_for_scoring(model: GPT, context: Context) -> bool:
-    """Compile on CUDA where a compiler is there, with the attention backends that this allows."""
-    compiled = should_compile("auto", context)
+    """Compile on CUDA where a compiler is there, with the attention backends that this allows.
+
+    On a CPU a single score is over before compiling would pay.
+    """
+    compiled = context.device.type == "cuda" and should_compile("auto", context)
     attach_attention(model, "auto", context, compiled)
     return compiled
 

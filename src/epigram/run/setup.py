@@ -1,6 +1,7 @@
 """Builds everything a run needs, says which paths it takes, and does nothing else."""
 
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -174,10 +175,19 @@ def pick_precision(name: str, context: Context) -> tuple[torch.dtype, dict[str, 
 
 def should_compile(setting: str, context: Context) -> bool:
     """Whether to compile: asked for, or left open and a compiler is there. Raises UserError when asked for in vain."""
-    available = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+    available = compiler_available()
     if setting == "on" and not available:
-        raise UserError('run.compile = "on" needs a C++ compiler (install g++), or set run.compile=off')
-    return setting == "on" or (setting == "auto" and context.device.type == "cuda" and bool(available))
+        raise UserError(
+            'run.compile = "on" needs a C++ compiler and the headers of Python (install g++ and python3-dev), '
+            "or set run.compile=off"
+        )
+    return setting != "off" and available and context.device.type in ("cuda", "cpu")
+
+
+def compiler_available() -> bool:
+    """A C++ compiler, and the headers of Python that the compiled graphs include."""
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return any(map(shutil.which, ("g++", "clang++", "cl"))) and headers.is_file()
 
 
 def bank_transform(model: GPT, config: Config) -> BankTransform:
