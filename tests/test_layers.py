@@ -1,8 +1,10 @@
 """A file imports from layers below it and from its own folder only; the command line imports nothing heavy."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,18 @@ def test_the_rule_catches_what_it_forbids() -> None:
     assert upward(model, "from epigram import config") == ["epigram.config"]
     assert upward(model, "from epigram.attention.base import Attend\nimport torch") == []
     assert upward(SOURCE / "attention" / "sdpa.py", "from epigram.dist import context") == ["epigram.dist.context"]
+
+
+def test_every_library_is_declared() -> None:
+    """What the sources import is the standard library, the package itself, or declared in pyproject.toml."""
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+    declared = {re.split(r"[^a-z0-9-]", name)[0] for name in [*project["dependencies"], *extras]}
+    known = {"tomli_w": "tomli-w", "flash_attn": "flash-attn-4"}  # modules that are not called like their distribution
+    used = {name.split(".")[0] for path in FILES for name in imports(ast.parse(path.read_text("utf-8")))}
+    foreign = {known.get(name, name) for name in used} - set(sys.stdlib_module_names) - {"epigram"}
+    assert foreign == declared & foreign
+    assert {"torch", "click", "pyarrow", "flash-attn-4"} <= foreign
 
 
 def run_python(code: str) -> str:
