@@ -31,6 +31,12 @@ def sum_(context: Context, tensors: Sequence[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+def summed(context: Context, tensor: Tensor) -> Tensor:
+    """`tensor` added up over the processes, in place."""
+    sum_(context, [tensor])
+    return tensor
+
+
 def from_main(context: Context, value: float) -> float:
     """Rank 0's `value` on every rank: one clock, one decision."""
     if context.world_size == 1:

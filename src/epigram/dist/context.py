@@ -27,6 +27,11 @@ class Context:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was asked, so that a host clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @property
     def capability(self) -> tuple[int, int] | None:
         """CUDA compute capability, None on other devices."""

@@ -60,13 +60,13 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
             for windows in calibration_batches(model, config, data, context):
                 model(windows.to(context.device), tap=collector.tap)
                 bar.advance(len(windows) * context.world_size)
-        hessians = collector.finish(partial(_summed, context) if context.world_size > 1 else None)
+        hessians = collector.finish(partial(collectives.summed, context) if context.world_size > 1 else None)
         source = config.quant.calibration.provenance()
-    _wait(context)
+    context.synchronize()
     calibrated_s = time.perf_counter()
     with Progress("quantize", sum(p.numel() for p in named.values()), "weights") as bar:
         stored, report = quantize_model(named, roles, hessians, config.quant, bar.advance)
-    _wait(context)
+    context.synchronize()
     return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s)
 
 
@@ -103,16 +103,6 @@ def _own_text(model: GPT, data: DataFolder, settings: CalibrationConfig, context
         count = min(_SELF_BATCH, settings.num_windows - first)
         sampling = Sampling(temperature=settings.temperature, seed=settings.seed * 1_000_003 + first)
         yield torch.cat(list(sample_batch(model, count, settings.seq_len, sampling, banned=banned)), dim=1)
-
-
-def _summed(context: Context, tensor: Tensor) -> Tensor:
-    collectives.sum_(context, [tensor])
-    return tensor
-
-
-def _wait(context: Context) -> None:
-    if context.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def over_budget(config: Config, result: dict[str, Any]) -> list[str]:

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from epigram.artifact.tokenizer_section import compact
 from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder, is_published_layout, open_data
@@ -53,11 +51,10 @@ def score_split(
         expected_bytes=data.split_bytes(split) if whole else None,
         rank=context.rank,
         world_size=context.world_size,
-        reduce=partial(_summed, context) if context.world_size > 1 else None,
+        reduce=partial(collectives.summed, context) if context.world_size > 1 else None,
         progress=context.is_main,
     )
-    if context.device.type == "cuda":
-        torch.cuda.synchronize()
+    context.synchronize()
     score_s = time.perf_counter() - start_s
     return {
         **found.as_dict(),
@@ -126,8 +123,3 @@ def compile_for_scoring(model: GPT, context: Context) -> bool:
     compiled = context.device.type == "cuda" and should_compile("auto", context)
     attach_attention(model, "auto", context, compiled)
     return compiled
-
-
-def _summed(context: Context, tensor: torch.Tensor) -> torch.Tensor:
-    collectives.sum_(context, [tensor])
-    return tensor
