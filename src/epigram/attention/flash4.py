@@ -29,7 +29,8 @@ def check(request: Request) -> str | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """See `epigram.attention.base`."""
-    out, _ = _forward(q.contiguous(), k.contiguous(), v.contiguous(), window)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, _ = _forward(q, k, v, window)
     return out
 
 

@@ -1,6 +1,5 @@
 """One layer: attention, then MLP, each reading a normalised view of the stream and adding to it.
 
-Pure functions of tensors, so that a layer can be compiled once and reused, and read on one screen.
 Legend: B sequences, T positions, D model width, H query heads, K key/value heads.
 """
 
@@ -9,46 +8,42 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from epigram.attention.base import Attend
+from epigram.kernels.base import Kernels
+from epigram.kernels.heads import AttentionSpec, AttentionWeights, HeadCounts, Rotary
+from epigram.kernels.mlp import See
 from epigram.model.cache import Cache
-from epigram.model.config import NORM_EPS, ModelConfig
-from epigram.model.rope import rotate
+from epigram.model.config import ModelConfig
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of layer `layer` in the compute precision.
+    """The weights of layer `layer`, matrices in the compute precision with the layer's scales in them.
 
-    qkv (H*d + 2*K*d, D), out (D, H*d), up (mlp, D), down (D, mlp); attn_scale, mlp_scale (D,); resid_mix (2, D);
-    q_gain (H,); resid_lambda (2,) or None.
+    attention: see there. up (mlp, D), down (D, mlp); resid_lambda (2,) or None.
     """
 
     layer: int
-    qkv: Tensor
-    out: Tensor
+    attention: AttentionWeights
     up: Tensor
     down: Tensor
-    attn_scale: Tensor
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    q_gain: Tensor
     resid_lambda: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What one forward shares between its layers."""
+    """What one forward shares between its layers. value: (B, T, E), what some layers' values get on top."""
 
     config: ModelConfig
     dtype: torch.dtype
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: Rotary
     attend: Attend
     attend_window: Attend
+    kernels: Kernels
+    value: Tensor | None
     cache: Cache | None
     tap: Callable[[str, Tensor], None] | None
-    transform: Callable[[str, Tensor], Tensor] | None
 
     def see(self, name: str, x: Tensor) -> None:
         """Show the input of product `name` to the tap, if there is one."""
@@ -56,69 +51,42 @@ class Pass:
             self.tap(name, x)
 
 
-def block(x: Tensor, x0: Tensor, w: LayerWeights, value: Tensor | None, run: Pass) -> Tensor:
-    """The stream (B, T, D) after layer w.layer; x0 is the stream before the first layer.
+def block(x: Tensor, rstd: Tensor | None, w: LayerWeights, run: Pass, last: int | None = None) -> Tensor:
+    """The stream (B, T, D) after layer w.layer; x is the stream that enters it, rstd its 1 / rms if that is known.
 
-    value: (B, T, K*d) value embedding of this layer, or None.
+    last: go on with the last positions only, T is then their number.
     """
-    x = w.resid_mix[0] * x + w.resid_mix[1] * x0
-    attended = attention(_layer_norm(x, w.layer, run.config), w, value, run)
-    x = _carried(x, w, 0) + w.attn_scale * attended
-    transformed = mlp(_layer_norm(x, w.layer, run.config), w, run)
-    return _carried(x, w, 1) + w.mlp_scale * transformed
+    more = _seen(w.layer, run)
+    value = run.value if w.attention.extra is not None else None
+    spec = attention_spec(w.layer, run)
+    x, rstd = run.kernels.add_attention(x, _carried(x, w, 0), rstd, w.attention, value, spec, last, **more)
+    return run.kernels.add_mlp(x, _carried(x, w, 1), rstd, w.up, w.down, run.config.mlp_slope, **more)
 
 
-def attention(h: Tensor, w: LayerWeights, value: Tensor | None, run: Pass) -> Tensor:
-    """Grouped causal attention over the normalised stream h (B, T, D) -> (B, T, D)."""
-    c, i = run.config, w.layer
-    run.see(f"layers.{i}.qkv", h)
-    q, k, v = F.linear(h, w.qkv).split([c.query_dim, c.kv_dim, c.kv_dim], dim=-1)
-    v = v if value is None else v + value
-    q, k, v = (x.unflatten(-1, (-1, c.head_dim)) for x in (q, k, v))  # (B, T, heads, d)
-    q = rotate(_head_norm(q), run.rotary) * w.q_gain[:, None]
-    k = rotate(_head_norm(k), run.rotary)
-    z = _attend(q, k, v, i, run)
-    if i in c.xsa_layers:
-        z = exclude_own_value(z, v)
-    z = z.flatten(-2)
-    run.see(f"layers.{i}.out", z)
-    return F.linear(z, w.out)
-
-
-def mlp(h: Tensor, w: LayerWeights, run: Pass) -> Tensor:
-    """Up, leaky square, down: (B, T, D) -> (B, T, D)."""
-    run.see(f"layers.{w.layer}.up", h)
-    hidden = F.leaky_relu(F.linear(h, w.up), run.config.mlp_slope).square()
-    run.see(f"layers.{w.layer}.down", hidden)
-    return F.linear(hidden, w.down)
-
-
-def exclude_own_value(z: Tensor, v: Tensor) -> Tensor:
-    """Remove from each head's output its part along the token's own value vector (XSA, arXiv 2603.09078).
-
-    z (B, T, H, d), v (B, T, K, d). The value is normalised with a floor of 1e-12 on its length.
-    """
-    own = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(-2)  # (B, T, K, 1, d)
-    grouped = z.unflatten(2, (v.shape[2], -1))  # (B, T, K, H // K, d)
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, layer: int, run: Pass) -> Tensor:
-    window = run.config.layer_window(layer)
+def attention_spec(layer: int, run: Pass) -> AttentionSpec:
+    """How layer `layer` attends."""
+    c = run.config
+    window = c.layer_window(layer)
+    attend = run.attend_window if window else run.attend
     if run.cache is not None:
-        k, v = run.cache.layers[layer].append(k, v)
-        window = run.cache.windows[layer]
-    return (run.attend_window if run.config.layer_window(layer) else run.attend)(q, k, v, window)
+        attend, window = _remembering(attend, run.cache, layer), run.cache.windows[layer]
+    counts = HeadCounts(c.num_heads, c.num_kv_heads, c.head_dim)
+    return AttentionSpec(counts, run.rotary, attend, window, layer in c.xsa_layers)
+
+
+def _seen(layer: int, run: Pass) -> dict[str, See]:
+    """For a tap, which only the plain kernels serve, the argument that shows it this layer's products."""
+    return {} if run.tap is None else {"see": lambda name, x: run.see(f"layers.{layer}.{name}", x)}
+
+
+def _remembering(attend: Attend, cache: Cache, layer: int) -> Attend:
+    """`attend` over all keys and values that the cache holds, the new ones included."""
+
+    def attend_all(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return attend(q, *cache.layers[layer].append(k, v), window)
+
+    return attend_all
 
 
 def _carried(x: Tensor, w: LayerWeights, sublayer: int) -> Tensor:
-    return x if w.resid_lambda is None else w.resid_lambda[sublayer] * x
-
-
-def _layer_norm(x: Tensor, layer: int, config: ModelConfig) -> Tensor:
-    h = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-    return h * (layer + 1) ** -0.5 if config.depth_scale else h
-
-
-def _head_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+    return x if w.resid_lambda is None else w.resid_lambda[sublayer].to(x.dtype) * x

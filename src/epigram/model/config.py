@@ -2,10 +2,6 @@
 
 from dataclasses import dataclass
 
-NORM_EPS = 2.0**-23
-"""Stated, not left to the framework: the epsilon of bfloat16 would crush the small initial embeddings."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes in channels, counts, token positions; layers count from 0.

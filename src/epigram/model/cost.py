@@ -21,7 +21,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, floa
     per_layer = c.model_dim * (c.query_dim + 2 * c.kv_dim) + c.query_dim * c.model_dim + 2 * c.model_dim * c.mlp_dim
     keys = sum(visible_keys(seq_len, c.layer_window(layer)) for layer in range(c.num_layers))
     projections = (c.model_dim * c.bigram_dim if c.bigram_buckets else 0) + (
-        c.kv_dim * c.value_embed_dim if c.value_embed_layers else 0
+        c.kv_dim * c.value_embed_dim * len(c.value_embed_layers)
     )
     return {
         "matrices": 2.0 * per_layer * c.num_layers,

@@ -6,6 +6,7 @@ Legend: B sequences, T positions, D model width.
 import torch
 from torch import Tensor, nn
 
+from epigram.kernels.base import Kernels
 from epigram.model.config import ModelConfig
 
 
@@ -32,23 +33,17 @@ class BigramEmbedding(nn.Module):
             first = torch.bitwise_xor(36313 * ids[:, :1], 27191 * previous.to(torch.int32)[:, None]) % usable
         return torch.cat([first, mixed], dim=1)
 
-    def lookup(self, tokens: Tensor, previous: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def lookup(self, tokens: Tensor, previous: Tensor | None, dtype: torch.dtype, kernels: Kernels) -> Tensor:
         """(B, T, bigram_dim): the input of the projection."""
-        return nn.functional.embedding(self.buckets(tokens, previous), self.embed).to(dtype)
+        return kernels.look_up(self.buckets(tokens, previous), self.embed, dtype)
 
 
 class SmearGate(nn.Module):
-    """x_t <- (1 - g) x_t + g x_{t-1} with a learned gate per channel. Source: parameter-golf #162."""
+    """The gate of `epigram.kernels.front.smear`, before its sigmoid: a learned share of the previous position."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(config.model_dim))
-
-    def forward(self, x: Tensor, before: Tensor | None) -> Tensor:
-        """x (B, T, D); `before` (B, 1, D) is the input at the position before the first, None (zeros) at a start."""
-        gate = torch.sigmoid(self.gate).to(x.dtype)
-        before = torch.zeros_like(x[:, :1]) if before is None else before
-        return (1 - gate) * x + gate * torch.cat([before, x[:, :-1]], dim=1)
 
 
 class ValueEmbedding(nn.Module):
@@ -61,9 +56,16 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.1))
         self.layer_scale = nn.Parameter(torch.ones(len(config.value_embed_layers)))
 
-    def lookup(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T, value_embed_dim): the input of the projection."""
-        return nn.functional.embedding(tokens, self.embed).to(dtype)
+        self.layers = config.value_embed_layers
+
+    def lookup(self, tokens: Tensor, dtype: torch.dtype, kernels: Kernels) -> Tensor:
+        """(B, T, value_embed_dim): the input of the projections."""
+        return kernels.look_up(tokens, self.embed, dtype)
+
+    def projections(self, dtype: torch.dtype) -> dict[int, Tensor]:
+        """For each layer that gets it, the projection with its scales in it: (K * head_dim, value_embed_dim)."""
+        scales = (self.scale * self.layer_scale).unbind(0)
+        return {layer: (scale * self.proj).to(dtype) for layer, scale in zip(self.layers, scales, strict=True)}
 
 
 class Skips(nn.Module):
@@ -80,10 +82,9 @@ class Skips(nn.Module):
             self.gate = nn.Parameter(torch.zeros(config.num_skips, config.model_dim))
         self.gated = config.skips == "gated"
 
-    def merge(self, index: int, x: Tensor, skip: Tensor) -> Tensor:
-        """x and skip (B, T, D); `index` counts the layers of the second half."""
-        weighted = self.weight[index].to(x.dtype) * skip
+    def coefficients(self) -> list[tuple[Tensor, Tensor]]:
+        """For each layer of the second half the factors (D,) of the stream and of its skip."""
         if not self.gated:
-            return x + weighted
-        gate = torch.sigmoid(self.gate[index]).to(x.dtype)
-        return gate * x + (1 - gate) * weighted
+            return [(torch.ones_like(weight), weight) for weight in self.weight.unbind(0)]
+        gate = torch.sigmoid(self.gate)
+        return list(zip(gate.unbind(0), ((1 - gate) * self.weight).unbind(0), strict=True))

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from epigram.attention.base import Attend
 from epigram.attention.sdpa import attend as sdpa_attend
-from epigram.loss import softcap, token_nll, training_loss
+from epigram.kernels.base import PLAIN, Kernels
+from epigram.kernels.front import smear
+from epigram.kernels.heads import AttentionWeights
+from epigram.loss import softcap
 from epigram.model.block import LayerWeights, Pass, block
 from epigram.model.cache import Cache
-from epigram.model.config import NORM_EPS, ModelConfig
+from epigram.model.config import ModelConfig
 from epigram.model.embeddings import BigramEmbedding, Skips, SmearGate, ValueEmbedding
 from epigram.model.rope import rotary_tables
 from epigram.roles import ParameterRole
@@ -42,17 +45,22 @@ class Banks(nn.Module):
 class GPT(nn.Module):
     """The window-attention, mixed-length transformer of parameter-golf #1212 and its ancestors.
 
-    `compute_dtype` is the precision of activations and products (parameters stay float32); `attend` and
-    `attend_window` are the attention backends of full and windowed layers. All three are set from outside.
+    `compute_dtype` is the precision of activations and products (parameters stay float32); `kernels` computes the
+    operations; `attend` and `attend_window` are the attention backends of full and windowed layers. All are set from
+    outside.
     """
+
+    depth: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.kernels: Kernels = PLAIN
         self.attend: Attend = sdpa_attend
         self.attend_window: Attend = sdpa_attend
         n, d = config.num_layers, config.model_dim
+        self.register_buffer("depth", torch.arange(1, n + 1).float().rsqrt()[:, None], persistent=False)
         self.embed = nn.Parameter(torch.empty(config.vocab_size, d))
         self.banks = Banks(config)
         self.attn_scale = nn.Parameter(torch.ones(n, d))
@@ -129,31 +137,31 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         tap: Tap | None = None,
         transform: BankTransform | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Tokens (B, T) to normalised final states (B, T, D) in the compute precision.
 
         rope_len: the window length whose rotary base is used; T when not given. With a cache the tokens continue what
-        the cache holds, and its rope_len counts.
+        the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
+        last layer need not compute for the others, it does not.
         """
-        run = self._prepare(tokens, rope_len, cache, tap, transform)
-        x0 = self._embed(tokens, run)
-        value = self._value_embedding(tokens, run)
-        x, kept = x0, None
+        run = self._prepare(tokens, rope_len, cache, tap)
+        x = x0 = self._embed(tokens, run)
         skips: list[Tensor] = []
-        first_decoder = self.config.num_layers // 2
-        for layer, weights in enumerate(self._layers(run)):
-            if self.config.num_skips and first_decoder <= layer < first_decoder + self.config.num_skips:
-                x = self.skip.merge(layer - first_decoder, x, skips.pop())
-            x = block(x, x0, weights, self._layer_value(layer, value), run)
-            if layer < first_decoder:
-                skips.append(x)
-            if layer == self.config.backout_layer:
-                kept = x
+        kept: Tensor | None = None
+        mixes = self._mixes()
+        for layer, weights in enumerate(self._layers(run, transform)):
+            streams, coefficients = self._entering(layer, x, x0, skips, mixes[layer])
+            x, rstd, streams = run.kernels.mix(streams, coefficients)
+            x0 = streams[-1]
+            if 0 < layer < self._first_skip_layer:
+                skips.append(streams[0])
+            if layer - 1 == self.config.backout_layer:
+                kept = streams[0]
+            x = block(x, rstd, weights, run, last if layer == self.config.num_layers - 1 else None)
         if cache is not None:
             cache.advance(tokens)
-        if kept is not None:
-            x = x - self.backout.to(x.dtype) * kept
-        x = norm(x)
+        x = self._leaving(x, kept, last, run)
         run.see("head", x)
         return x
 
@@ -171,85 +179,116 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`."""
         x = self(tokens, transform=transform)
-        return training_loss(self.logits(x), targets, gamma, floor)
+        return self.kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
 
-    def nll(self, tokens: Tensor, targets: Tensor, rope_len: int | None = None) -> Tensor:
-        """Nats of each target, (B, T) float32."""
-        return token_nll(self.logits(self(tokens, rope_len=rope_len)), targets)
+    def nll(self, tokens: Tensor, targets: Tensor, rope_len: int | None = None, last: int | None = None) -> Tensor:
+        """Nats of each target, (B, T) float32; of the last ones only, (B, last), when `last` is given."""
+        x = self(tokens, rope_len=rope_len, last=last)
+        targets = targets if last is None else targets[:, -last:]
+        return self.kernels.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap)
 
-    def _prepare(
-        self,
-        tokens: Tensor,
-        rope_len: int | None,
-        cache: Cache | None,
-        tap: Tap | None,
-        transform: BankTransform | None,
-    ) -> Pass:
+    def _prepare(self, tokens: Tensor, rope_len: int | None, cache: Cache | None, tap: Tap | None) -> Pass:
         length = tokens.shape[1]
         start = cache.position if cache is not None else 0
         rope_len = cache.rope_len if cache is not None else (rope_len or length)
-        tables = rotary_tables(self.config, start, length, rope_len, tokens.device, self.compute_dtype)
-        return Pass(
+        # The twins show every product's input, and are quicker with the few tokens of a generation.
+        kernels = self.kernels if cache is None and tap is None else PLAIN
+        run = Pass(
             config=self.config,
             dtype=self.compute_dtype,
-            rotary=tables,
+            rotary=rotary_tables(self.config, start, length, rope_len, tokens.device, self.compute_dtype),
             attend=self.attend,
             attend_window=self.attend_window,
+            kernels=kernels,
+            value=self.value_embed.lookup(tokens, self.compute_dtype, kernels) if self._has_value else None,
             cache=cache,
             tap=tap,
-            transform=transform,
         )
+        if run.value is not None:
+            run.see("value_embed.proj", run.value)
+        return run
 
     def _embed(self, tokens: Tensor, run: Pass) -> Tensor:
-        cache = run.cache
-        x = F.embedding(tokens, self.embed).to(run.dtype)
+        """The stream before the first layer, (B, T, D)."""
+        cache, extra = run.cache, None
         if self.config.bigram_buckets:
-            pair = self.bigram.lookup(tokens, cache.previous_token if cache else None, run.dtype)
+            pair = self.bigram.lookup(tokens, cache.previous_token if cache else None, run.dtype, run.kernels)
             run.see("bigram.proj", pair)
-            x = x + self.bigram.scale.to(x.dtype) * F.linear(pair, self.bigram.proj.to(x.dtype))
-        x = norm(x)
-        if self.config.smear:
-            before = cache.previous_embedding if cache else None
-            if cache is not None:
-                cache.previous_embedding = x[:, -1:]
-            x = self.smear(x, before)
-        return x
+            extra = F.linear(pair, (self.bigram.scale * self.bigram.proj).to(run.dtype))
+        gate = torch.sigmoid(self.smear.gate) if self.config.smear else None
+        if cache is None or gate is None:
+            return run.kernels.enter(tokens, self.embed, extra, gate, run.dtype)
+        x = run.kernels.enter(tokens, self.embed, extra, None, run.dtype)
+        before, cache.previous_embedding = cache.previous_embedding, x[:, -1:]
+        return smear(x, gate, before)
 
-    def _value_embedding(self, tokens: Tensor, run: Pass) -> Tensor | None:
-        """(B, T, K * head_dim), before the layers' scales."""
-        if not self.config.value_embed_layers:
-            return None
-        found = self.value_embed.lookup(tokens, run.dtype)
-        run.see("value_embed.proj", found)
-        return self.value_embed.scale.to(run.dtype) * F.linear(found, self.value_embed.proj.to(run.dtype))
+    @property
+    def _has_value(self) -> bool:
+        return bool(self.config.value_embed_layers)
 
-    def _layer_value(self, layer: int, value: Tensor | None) -> Tensor | None:
-        if value is None or layer not in self.config.value_embed_layers:
-            return None
-        return self.value_embed.layer_scale[self.config.value_embed_layers.index(layer)].to(value.dtype) * value
+    @property
+    def _first_skip_layer(self) -> int:
+        """The first layer that takes a skip; none does when it is 0."""
+        return self.config.num_layers // 2 if self.config.num_skips else 0
 
-    def _layers(self, run: Pass) -> list[LayerWeights]:
-        """Each layer's weights in the compute precision: a bank is converted once, then split."""
+    def _mixes(self) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+        """For each layer the coefficients (D,) of the stream, of its skip if it takes one, and of the first stream."""
+        own, first = (part.unbind(0) for part in self.resid_mix.unbind(1))
+        mixes: list[tuple[Tensor, Tensor | None, Tensor]] = [(a, None, b) for a, b in zip(own, first, strict=True)]
+        if self.config.num_skips:
+            for index, (stream, skip) in enumerate(self.skip.coefficients()):
+                layer = self._first_skip_layer + index
+                mixes[layer] = (own[layer] * stream, own[layer] * skip, first[layer])
+        return mixes
+
+    def _entering(
+        self, layer: int, x: Tensor, x0: Tensor, skips: list[Tensor], mix: tuple[Tensor, Tensor | None, Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Streams that meet before `layer`, x first and x0 last, each once, and their coefficients."""
+        own, skipped, first = mix
+        if layer == 0:
+            return (x0,), (own + first,)
+        if skipped is None:
+            return (x, x0), (own, first)
+        if layer == self._first_skip_layer:  # whose skip is x itself
+            return (x, x0), (own + skipped, first)
+        return (x, skips.pop(), x0), (own, skipped, first)
+
+    def _leaving(self, x: Tensor, kept: Tensor | None, last: int | None, run: Pass) -> Tensor:
+        """The normalised final states."""
+        if self.config.backout_layer < 0:
+            return run.kernels.mix_norm((x,), (None,))
+        if kept is None:  # the last layer backs itself out
+            return run.kernels.mix_norm((x,), ((1 - self.backout).expand(x.shape[-1]).contiguous(),))
+        kept = kept if last is None else kept[:, -last:].contiguous()
+        return run.kernels.mix_norm((x, kept), (None, (-self.backout).expand(x.shape[-1]).contiguous()))
+
+    def _layers(self, run: Pass, transform: BankTransform | None) -> list[LayerWeights]:
+        """Each layer's weights in the compute precision: a bank is converted once, then split.
+
+        The scales of a layer's input and outputs go into the rows of its matrices.
+        """
+        depth = self.depth if self.config.depth_scale else None
+        scales = {"qkv": depth, "out": self.attn_scale, "up": depth, "down": self.mlp_scale}
         banks = {}
         for name, bank in self.banks.named_parameters():
-            used = run.transform(name, bank) if run.transform else bank
-            banks[name] = used.to(run.dtype).unbind(0)
-        controls = {name: getattr(self, name).unbind(0) for name in ("attn_scale", "mlp_scale", "resid_mix", "q_gain")}
+            used = transform(name, bank) if transform else bank
+            scale = scales[name]
+            rows = None if scale is None else scale.expand(bank.shape[:2])
+            banks[name] = run.kernels.scaled(used, rows, run.dtype).unbind(0)
+        values = self.value_embed.projections(run.dtype) if self._has_value else {}
+        gains = self.q_gain.unbind(0)
         lambdas = self.resid_lambda.unbind(0) if self.config.residual_lambdas else None
         return [
             LayerWeights(
                 layer=i,
-                **{name: bank[i] for name, bank in banks.items()},
-                **{name: control[i].to(run.dtype) for name, control in controls.items()},
-                resid_lambda=lambdas[i].to(run.dtype) if lambdas else None,
+                attention=AttentionWeights(banks["qkv"][i], banks["out"][i], gains[i], values.get(i)),
+                up=banks["up"][i],
+                down=banks["down"][i],
+                resid_lambda=lambdas[i] if lambdas else None,
             )
             for i in range(self.config.num_layers)
         ]
-
-
-def norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square over the last axis; no weights."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
 def _orthogonal(rows: int, cols: int, generator: torch.Generator) -> Tensor:

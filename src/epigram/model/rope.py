@@ -56,13 +56,3 @@ def _tables(
 @_tables.register_fake
 def _(start: int, num_positions: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(2, num_positions, 1, rotary_dim // 2, dtype=dtype, device=device)
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rotate channel j with channel j + rotary_dim / 2 of each head of x (B, T, heads, D); the others pass."""
-    if tables is None:
-        return x
-    cos, sin = tables
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)

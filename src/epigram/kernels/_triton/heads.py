@@ -1,0 +1,354 @@
+"""Triton kernels of `epigram.kernels.heads`.
+
+A row is one head of one token. Queries and keys are overwritten inside the packed tensor: what the backward pass needs
+of them it finds in their final values, since the rotation keeps lengths and a gain divides out. (A gain of exactly
+zero would leave no trace of its head, whose gradient is then zero; no optimizer step lands there.)
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epigram.kernels._triton.launch import tile
+from epigram.kernels._triton.residual import correction_of, rstd_of, rstd_of_squares
+from epigram.kernels.heads import AttentionSpec, AttentionWeights, HeadCounts, Rotary
+from epigram.kernels.products.base import Products
+from epigram.kernels.residual import NORM_EPS
+
+
+@triton.jit
+def _turn(x, partner, cos, sin, columns, HALF: tl.constexpr, BACK: tl.constexpr):
+    """Rotation of rows x; `partner` holds for each channel the one it is rotated with, cos is one elsewhere."""
+    sign = tl.where(columns < HALF, 1.0, -1.0)
+    if BACK:
+        sign = -sign
+    return x * cos + partner * sin * sign[None, :]
+
+
+@triton.jit
+def _angles(cos_table, sin_table, positions, columns, mask, HALF: tl.constexpr):
+    turned = mask & (columns < 2 * HALF)[None, :]
+    at = positions[:, None] * HALF + (columns % HALF)[None, :]
+    cos = tl.load(cos_table + at, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(sin_table + at, mask=turned, other=0.0).to(tl.float32)
+    return cos, sin, turned
+
+
+@triton.jit
+def _turn_heads_kernel(
+    packed, cos_table, sin_table, gain, rstd_out, num_rows, length, num_heads, num_turned, stride, head_dim,
+    eps: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = rows < num_rows
+    mask = inside[:, None] & (columns < head_dim)[None, :]
+    tokens, heads = rows // num_turned, rows % num_turned
+    base = packed + (tokens * stride + heads * head_dim)[:, None]
+    x = tl.load(base + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
+    x *= rstd[:, None]
+    if HALF > 0:
+        cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
+        other = tl.where(columns < HALF, columns + HALF, columns - HALF)
+        partner = tl.load(base + other[None, :], mask=turned, other=0.0).to(tl.float32) * rstd[:, None]
+        x = _turn(x, partner, cos, sin, columns, HALF, False)
+    factor = tl.load(gain + heads, mask=inside & (heads < num_heads), other=1.0).to(tl.float32)
+    tl.debug_barrier()  # every partner is read before anything is overwritten
+    tl.store(base + columns[None, :], (x * factor[:, None]).to(packed.dtype.element_ty), mask=mask)
+    tl.store(rstd_out + rows, rstd, mask=inside)
+
+
+@triton.jit
+def _turn_back_kernel(
+    grad_in, packed, cos_table, sin_table, gain, rstd_heads, rstd_rows, out, dots, num_rows, length, num_heads, first,
+    num_turned, stride, grad_stride, head_dim,
+    GAIN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Heads `first` to first + num_heads of the packed tensor, queries (with a gain) or keys.
+
+    out gets rstd_rows (of the token) times the gradient of the product, dots the gradient times the head before its
+    gain.
+    """
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = rows < num_rows
+    mask = inside[:, None] & (columns < head_dim)[None, :]
+    tokens, heads = rows // num_heads, rows % num_heads
+    base = (tokens * stride + (first + heads) * head_dim)[:, None]
+    source = grad_in + (tokens * grad_stride + heads * head_dim)[:, None]
+    scale = tl.load(rstd_heads + tokens * num_turned + first + heads, mask=inside, other=0.0)
+    scale *= tl.load(rstd_rows + tokens, mask=inside, other=0.0)
+    at = columns[None, :]
+    grad = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+    view = tl.load(packed + base + at, mask=mask, other=0.0).to(tl.float32)
+    if GAIN:
+        factor = tl.load(gain + heads, mask=inside, other=1.0).to(tl.float32)
+        inverse = tl.where(factor == 0.0, 0.0, 1.0 / factor)[:, None]
+        view *= inverse
+        dot = tl.sum(grad * view, 1)
+        tl.store(dots + rows, dot, mask=inside)
+        grad *= factor[:, None]
+        dot = (dot * factor / head_dim)[:, None]
+    else:
+        dot = (tl.sum(grad * view, 1) / head_dim)[:, None]
+    x = grad - view * dot
+    if HALF > 0:
+        cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
+        at = tl.where(columns < HALF, columns + HALF, columns - HALF)[None, :]
+        grad = tl.load(source + at, mask=turned, other=0.0).to(tl.float32)
+        view = tl.load(packed + base + at, mask=turned, other=0.0).to(tl.float32)
+        if GAIN:
+            grad *= factor[:, None]
+            view *= inverse
+        x = _turn(x, grad - view * dot, cos, sin, columns, HALF, True)
+    tl.store(out + base + columns[None, :], (x * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _value_back_kernel(
+    grad_in, grad_more, packed, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, first,
+    MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows are tokens, columns the values of all heads. sums: gradient times the values that come from the product."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = rows < num_rows
+    mask = inside[:, None] & (columns < width)[None, :]
+    own = rows[:, None] * width + columns[None, :]
+    at = rows[:, None] * stride + first + columns[None, :]
+    grad = tl.load(grad_in + rows[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if MORE:
+        grad += tl.load(grad_more + own, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(packed + at, mask=mask, other=0.0).to(tl.float32)
+    if EXTRA:
+        value -= tl.load(extra + own, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total_out + own, grad.to(total_out.dtype.element_ty), mask=mask)
+    tl.store(sums + rows, tl.sum(grad * value, 1), mask=inside)
+    scale = tl.load(rstd + rows, mask=inside, other=0.0)
+    tl.store(out + at, (grad * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _exclude_kernel(
+    z, v, out, num_rows, num_heads, num_kv_heads, head_dim, v_stride,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
+    tokens, heads = rows // num_heads, rows % num_heads
+    own = (tokens * v_stride + (heads // (num_heads // num_kv_heads)) * head_dim)[:, None] + columns[None, :]
+    value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
+    value *= (1.0 / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12))[:, None]
+    at = (rows * head_dim)[:, None] + columns[None, :]
+    x = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    x -= tl.sum(x * value, 1)[:, None] * value
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _exclude_backward_kernel(
+    grad_out, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v_stride,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A row is one key/value head of one token, with the GROUPS query heads that read it."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
+    own = (rows // num_kv_heads * v_stride + rows % num_kv_heads * head_dim)[:, None] + columns[None, :]
+    value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(value * value, 1))
+    inverse = 1.0 / tl.maximum(length, 1e-12)
+    value *= inverse[:, None]
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for group in tl.static_range(GROUPS):
+        at = ((rows * GROUPS + group) * head_dim)[:, None] + columns[None, :]
+        grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+        along = tl.sum(grad * value, 1)[:, None]
+        tl.store(dz + at, (grad - along * value).to(dz.dtype.element_ty), mask=mask)
+        total -= tl.sum(x * value, 1)[:, None] * grad + along * x
+    # Below the floor the length is a constant, so nothing is projected out.
+    along = tl.where(length > 1e-12, tl.sum(total * value, 1), 0.0)
+    total = (total - along[:, None] * value) * inverse[:, None]
+    tl.store(dv + (rows * head_dim)[:, None] + columns[None, :], total.to(dv.dtype.element_ty), mask=mask)
+
+
+def _turn_in_place(packed: Tensor, counts: HeadCounts, rotary: Rotary, gain: Tensor) -> Tensor:
+    """Finish queries and keys inside `packed` (B, T, channels); returns 1 / rms of each, (B, T, H + K) float32."""
+    batch, length, stride = packed.shape
+    num_turned = counts.num_heads + counts.num_kv_heads
+    num_rows = batch * length * num_turned
+    rstd = torch.empty(batch, length, num_turned, dtype=torch.float32, device=packed.device)
+    cos, sin = _flat(rotary)
+    rows, wide = tile(counts.head_dim)
+    _turn_heads_kernel[(triton.cdiv(num_rows, rows),)](
+        packed, cos, sin, gain, rstd, num_rows, length, counts.num_heads, num_turned, stride, counts.head_dim,
+        eps=NORM_EPS, HALF=_half(rotary), ROWS=rows, WIDTH=wide, num_warps=4,
+    )  # fmt: skip
+    return rstd
+
+
+def _turn_back(
+    gradients: tuple[Tensor, Tensor], packed: Tensor, counts: HeadCounts, rotary: Rotary, gain: Tensor,
+    rstd_heads: Tensor, rstd: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """Fill queries and keys of `out`, the gradient of the product's packed result times rstd; returns that of gain."""
+    batch, length, stride = packed.shape
+    cos, sin = _flat(rotary)
+    rows, wide = tile(counts.head_dim)
+    dots = torch.empty(batch * length, counts.num_heads, dtype=torch.float32, device=packed.device)
+    firsts = (0, counts.num_heads)
+    for grad, first, num_heads in zip(gradients, firsts, (counts.num_heads, counts.num_kv_heads), strict=True):
+        num_rows = batch * length * num_heads
+        _turn_back_kernel[(triton.cdiv(num_rows, rows),)](
+            grad, packed, cos, sin, gain, rstd_heads, rstd, out, dots, num_rows, length, num_heads, first,
+            counts.num_heads + counts.num_kv_heads, stride, grad.stride(1), counts.head_dim,
+            GAIN=first == 0, HALF=_half(rotary), ROWS=rows, WIDTH=wide, num_warps=4,
+        )  # fmt: skip
+    return dots.sum(0)
+
+
+def _value_back(
+    grad: Tensor, more: Tensor | None, packed: Tensor, extra: Tensor | None, rstd: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Fill the values of `out`; returns sums (N, 1) of gradient times value of the product, and with `extra` (N, K d),
+    the values' other part, the gradient that it gets."""
+    width = grad.shape[-2] * grad.shape[-1]
+    num_rows, stride = packed.shape[0] * packed.shape[1], packed.shape[2]
+    sums = torch.empty(num_rows, 1, dtype=torch.float32, device=packed.device)
+    total = None if extra is None else torch.empty_like(extra)
+    rows, wide = tile(width)
+    _value_back_kernel[(triton.cdiv(num_rows, rows),)](
+        grad, more, packed, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), stride - width,
+        MORE=more is not None, EXTRA=extra is not None, ROWS=rows, WIDTH=wide, num_warps=4,
+    )  # fmt: skip
+    return sums, total
+
+
+def _exclude(z: Tensor, v: Tensor) -> Tensor:
+    num_heads, head_dim = z.shape[-2:]
+    rows, wide = tile(head_dim)
+    num_rows = z.numel() // head_dim
+    out = torch.empty_like(z)
+    _exclude_kernel[(triton.cdiv(num_rows, rows),)](
+        z, v, out, num_rows, num_heads, v.shape[-2], head_dim, v.stride(1), ROWS=rows, WIDTH=wide, num_warps=4
+    )
+    return out
+
+
+def _exclude_backward(grad: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of z and v."""
+    num_kv_heads, head_dim = v.shape[-2:]
+    rows, wide = tile(head_dim)
+    num_rows = v.shape[0] * v.shape[1] * num_kv_heads
+    dz, dv = torch.empty_like(z), v.new_empty(v.shape)
+    _exclude_backward_kernel[(triton.cdiv(num_rows, rows),)](
+        grad, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v.stride(1),
+        GROUPS=z.shape[-2] // num_kv_heads, ROWS=rows, WIDTH=wide, num_warps=4,
+    )  # fmt: skip
+    return dz, dv
+
+
+class _AddAttention(torch.autograd.Function):
+    """See `epigram.kernels.heads.add_attention`. Attention keeps a graph of its own, whichever backend it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, qkv: Tensor, out: Tensor, gain: Tensor,
+        extra_weight: Tensor | None, extra: Tensor | None, arguments: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rstd, spec, last, products, keep = arguments
+        assert last is None or not keep, "the last positions alone are for scoring"
+        (batch, length, width), counts = x.shape, spec.counts
+        flat = x.reshape(-1, width)
+        rstd = rstd_of(flat) if rstd is None else rstd
+        packed = products.scaled(flat, qkv, rstd).view(batch, length, -1)
+        if extra is not None:
+            packed.view(-1, packed.shape[-1])[:, -extra_weight.shape[0] :].addmm_(
+                extra.reshape(-1, extra.shape[-1]), extra_weight.T
+            )
+        rstd_heads = _turn_in_place(packed, counts, spec.rotary, gain)
+        first = 0 if last is None else length - last
+        q, k, v = (part.detach().requires_grad_(keep) for part in counts.split(packed))
+        with torch.set_grad_enabled(keep):
+            z = spec.attend(q[:, first:] if first else q, k, v, spec.window)
+        seen = z.detach().contiguous()
+        seen = (_exclude(seen, _rows_contiguous(v.detach()[:, first:])) if spec.exclude else seen).flatten(-2)
+        old = x if residual is None else residual
+        old = old[:, first:].reshape(-1, width)
+        y, squares = products.added(seen.view(-1, seen.shape[-1]), out, old, True)
+        if keep:
+            ctx.save_for_backward(x, rstd, packed, rstd_heads, seen, qkv, out, gain, extra_weight, extra)
+            ctx.inner, ctx.spec, ctx.products, ctx.same = (q, k, v, z), spec, products, residual is None
+        rstd_y = rstd_of_squares(squares, width)
+        ctx.mark_non_differentiable(rstd_y)
+        ctx.set_materialize_grads(False)
+        return y.view(batch, length - first, width), rstd_y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x, rstd, packed, rstd_heads, seen, qkv, out, gain, extra_weight, extra = ctx.saved_tensors
+        spec, products, (q, k, v, z) = ctx.spec, ctx.products, ctx.inner
+        ctx.inner = None
+        flat = grad.reshape(-1, grad.shape[-1]).contiguous()
+        dz, more = (flat @ out).view(z.shape), None
+        d_out = flat.T @ seen.view(-1, seen.shape[-1])
+        if spec.exclude:
+            dz, more = _exclude_backward(dz, z.detach().contiguous(), v.detach())
+        dq, dk, dv = (_rows_contiguous(part) for part in torch.autograd.grad(z, (q, k, v), dz))
+        d_packed = torch.empty_like(packed)
+        d_gain = _turn_back((dq, dk), packed, spec.counts, spec.rotary, gain, rstd_heads, rstd, d_packed)
+        flat_extra = None if extra is None else extra.reshape(-1, extra.shape[-1])
+        other = None if flat_extra is None else flat_extra @ extra_weight.T
+        sums, d_other = _value_back(dv, more, packed, other, rstd, d_packed)
+        d_packed, flat_x = d_packed.view(-1, d_packed.shape[-1]), x.reshape(-1, x.shape[-1])
+        # The norms of queries and keys leave nothing of their gradients along themselves: the values alone count.
+        correction = correction_of(sums, rstd, x.shape[-1])
+        carried = flat if ctx.same else torch.zeros_like(flat)
+        dx = products.back(d_packed, qkv, carried, flat_x, correction).view(grad.shape)
+        d_weight = d_extra = None
+        if d_other is not None:
+            d_weight, d_extra = d_other.T @ flat_extra, (d_other @ extra_weight).view(extra.shape)
+        return dx, None if ctx.same else grad, d_packed.T @ flat_x, d_out, d_gain, d_weight, d_extra, None
+
+
+def add_attention(
+    x: Tensor,
+    residual: Tensor,
+    rstd: Tensor | None,
+    weights: AttentionWeights,
+    extra: Tensor | None,
+    spec: AttentionSpec,
+    last: int | None,
+    products: Products,
+) -> tuple[Tensor, Tensor | None]:
+    """See `epigram.kernels.heads`. Without a gradient `last` may be given."""
+    # Not one tensor as two arguments: the gradient of the sum is part of the one that is returned.
+    tensors = (x, None if residual is x else residual, *weights, extra)
+    # Inside an autograd function it cannot be asked any more whether a gradient is wanted.
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, rstd_y = _AddAttention.apply(*tensors, (rstd, spec, last, products, keep))
+    return y, rstd_y
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """(B, T, heads, d) whose heads lie side by side and whose batches follow each other."""
+    good = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if good else x.contiguous()
+
+
+def _flat(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
+    """Both tables as (T, R / 2), or twice None."""
+    if rotary is None:
+        return None, None
+    cos, sin = (table.reshape(-1, table.shape[-1]).contiguous() for table in rotary)
+    return cos, sin
+
+
+def _half(rotary: Rotary) -> int:
+    return 0 if rotary is None else rotary[0].shape[-1]

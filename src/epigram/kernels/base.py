@@ -1,0 +1,105 @@
+"""The operations that a model is built of, and who computes them: the plain twins, or fused kernels.
+
+Each file of this folder describes its operations by plain torch code, which runs everywhere and is what the kernels of
+`_triton/` (the same names) are tested against. Those build their matrix products from a file of `products/`.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epigram import plugin
+from epigram.errors import UserError
+from epigram.kernels.products.base import PACKAGE as PRODUCTS
+from epigram.kernels.products.base import Dims
+
+CHOICES = ("auto", "fused", "plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """One implementation of every operation; what each does say the files of this folder.
+
+    residual: mix, mix_norm. heads: add_attention. mlp: add_mlp. head: head_loss, head_nll. front: enter, look_up, scaled.
+    """
+
+    name: str
+    mix: Callable[..., tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
+    mix_norm: Callable[..., Tensor]
+    add_attention: Callable[..., tuple[Tensor, Tensor | None]]
+    add_mlp: Callable[..., Tensor]
+    head_loss: Callable[..., Tensor]
+    head_nll: Callable[..., Tensor]
+    enter: Callable[..., Tensor]
+    look_up: Callable[..., Tensor]
+    scaled: Callable[..., Tensor]
+
+
+_PLACES = {
+    "residual": ("mix", "mix_norm"),
+    "heads": ("add_attention",),
+    "mlp": ("add_mlp",),
+    "head": ("head_loss", "head_nll"),
+    "front": ("enter", "look_up", "scaled"),
+}
+
+
+def _load(folder: str) -> dict[str, Callable[..., Any]]:
+    return {
+        operation: getattr(importlib.import_module(f"{folder}.{file}"), operation)
+        for file, operations in _PLACES.items()
+        for operation in operations
+    }
+
+
+PLAIN = Kernels(name="plain", **_load("epigram.kernels"))
+
+
+def fused(products: str) -> Kernels:
+    """The fused kernels over a file of `products/`. Needs Triton."""
+    operations = _load("epigram.kernels._triton")
+    chosen = plugin.load(PRODUCTS, products)
+    for operation in ("add_attention", "add_mlp"):
+        operations[operation] = partial(operations[operation], products=chosen)
+    return Kernels(name=f"fused, products by {products}", **operations)
+
+
+def why_not_fused(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> str | None:
+    """Why the fused kernels cannot serve here, in a sentence; None when they can."""
+    if device_type != "cuda" or capability is None:
+        return "the fused kernels are for CUDA devices"
+    if capability < (8, 0):
+        return f"the fused kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernels are for bfloat16 and float16, not {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "the fused kernels need Triton: pip install 'epigram[kernels]'"
+    return None
+
+
+def choose(name: str, device_type: str, capability: tuple[int, int] | None, dims: Dims) -> Kernels:
+    """The kernels called `name`; "auto" takes the fused ones where they can serve, over the fastest products.
+
+    Raises UserError when the fused ones are asked for where they cannot.
+    """
+    assert name in CHOICES
+    reason = why_not_fused(device_type, capability, dims.dtype)
+    if name == "fused" and reason:
+        raise UserError(f'run.kernels = "fused" cannot be used here: {reason}')
+    if name == "plain" or reason:
+        return PLAIN
+    return fused("quack" if _why_not("quack", device_type, capability, dims) is None else "triton")
+
+
+def _why_not(products: str, device_type: str, capability: tuple[int, int] | None, dims: Dims) -> str | None:
+    try:
+        reason: str | None = plugin.load(PRODUCTS, products).check(device_type, capability, dims)
+    except UserError as error:  # its library is not installed
+        return str(error)
+    return reason
