@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 import torch
-from quack.activation import relu
+from quack import activation
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.ops import ColVecLoad, ColVecReduce, TileLoad
 from quack.gemm_config import GemmConfig
@@ -66,7 +66,7 @@ def _up_epilogue(slope: float) -> Any:
     @gemm_epilogue(outputs=("hidden",), ops={"rstd": ColVecLoad("rstd")})
     def up_epilogue(acc: Any, rstd: Any) -> dict[str, Any]:
         p = acc * rstd
-        bent = p * slope + relu(p) * (1.0 - slope)
+        bent = p * slope + activation.relu(p) * (1.0 - slope)
         return {"D": p, "hidden": bent * bent}
 
     return up_epilogue
@@ -77,7 +77,7 @@ def _hidden_epilogue(slope: float) -> Any:
     @gemm_epilogue(ops={"rstd": ColVecLoad("rstd")})
     def hidden_epilogue(acc: Any, rstd: Any) -> dict[str, Any]:
         p = acc * rstd
-        bent = p * slope + relu(p) * (1.0 - slope)
+        bent = p * slope + activation.relu(p) * (1.0 - slope)
         return {"D": bent * bent}
 
     return hidden_epilogue
@@ -89,7 +89,7 @@ def _down_back_epilogue(slope: float) -> Any:
 
     @gemm_epilogue(ops={"rstd": ColVecLoad("rstd")}, reduces={"sums": _partial_sums("sums")})
     def down_back_epilogue(acc: Any, c: Any, rstd: Any) -> dict[str, Any]:
-        g = acc * (relu(c) * (2.0 - below) + c * below)
+        g = acc * (activation.relu(c) * (2.0 - below) + c * below)
         return {"D": g * rstd, "sums": (g, c)}
 
     return down_back_epilogue
