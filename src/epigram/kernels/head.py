@@ -10,9 +10,7 @@ from torch import Tensor
 from epigram.loss import softcap, token_nll, training_loss
 
 
-def head_loss(
-    x: Tensor, embed: Tensor, targets: Tensor, cap: float, gamma: Tensor | None, floor: float
-) -> Tensor:
+def head_loss(x: Tensor, embed: Tensor, targets: Tensor, cap: float, gamma: Tensor | None, floor: float) -> Tensor:
     """The training loss over final states x (B, T, D) and targets (B, T); embed (V, D) in the precision of x.
 
     See `epigram.loss.training_loss` for gamma and floor.

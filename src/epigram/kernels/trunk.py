@@ -88,7 +88,9 @@ def _entering(layer: Layer, x0: Tensor, outputs: list[Tensor]) -> Tensor:
     return x
 
 
-def _attention(x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None) -> Tensor:
+def _attention(
+    x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None
+) -> Tensor:
     h = norm(x)
     q, k, v = shape.counts.split(F.linear(h, layer.qkv))
     if layer.value is not None:

@@ -130,8 +130,8 @@ def _turn_back_kernel(
 
 @triton.jit
 def _value_back_kernel(
-    grad_in, grad_more, packed, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, first, head_dim,
-    COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad_in, grad_more, values, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, value_stride,
+    first, head_dim, COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows are tokens, columns the values of all heads. sums: gradient times the values that come from the product."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -145,7 +145,7 @@ def _value_back_kernel(
     grad = _sum_of_copies(source, spread[None, :], mask, head_dim, COPIES)
     if MORE:
         grad += tl.load(grad_more + own, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(packed + at, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(values + rows[:, None] * value_stride + spread[None, :], mask=mask, other=0.0).to(tl.float32)
     if EXTRA:
         value -= tl.load(extra + own, mask=mask, other=0.0).to(tl.float32)
         tl.store(total_out + own, grad.to(total_out.dtype.element_ty), mask=mask)
@@ -156,14 +156,14 @@ def _value_back_kernel(
 
 @triton.jit
 def _exclude_kernel(
-    z, v, out, num_rows, num_heads, num_kv_heads, head_dim, v_stride,
+    z, v, out, num_rows, num_heads, groups, head_dim, v_stride, v_step,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
     tokens, heads = rows // num_heads, rows % num_heads
-    own = (tokens * v_stride + (heads // (num_heads // num_kv_heads)) * head_dim)[:, None] + columns[None, :]
+    own = (tokens * v_stride + heads // groups * v_step)[:, None] + columns[None, :]
     value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
     value *= (1.0 / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12))[:, None]
     at = (rows * head_dim)[:, None] + columns[None, :]
@@ -174,14 +174,14 @@ def _exclude_kernel(
 
 @triton.jit
 def _exclude_backward_kernel(
-    grad_out, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v_stride,
+    grad_out, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v_stride, v_step,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A row is one key/value head of one token, with the GROUPS query heads that read it."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
-    own = (rows // num_kv_heads * v_stride + rows % num_kv_heads * head_dim)[:, None] + columns[None, :]
+    own = (rows // num_kv_heads * v_stride + rows % num_kv_heads * v_step)[:, None] + columns[None, :]
     value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(value * value, 1))
     inverse = 1.0 / tl.maximum(length, 1e-12)
@@ -203,9 +203,9 @@ def _exclude_backward_kernel(
 def _finish_heads(
     packed: Tensor, counts: HeadCounts, rotary: Rotary, gain: Tensor, spread: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """q, k, v from `packed` (B, T, channels), which is overwritten, and 1 / rms of queries and keys, (B, T, H + K).
+    """q, k, v from `packed` (B, T, channels), and 1 / rms of queries and keys, (B, T, H + K) float32.
 
-    spread: keys and values once for each query head, in a tensor of their own.
+    They lie in `packed`, or with `spread`, keys and values once for each query head, in a tensor of their own.
     """
     batch, length, stride = packed.shape
     num_heads, num_kv_heads, head_dim = counts
@@ -223,14 +223,14 @@ def _finish_heads(
         )  # fmt: skip
 
     q, k, v = counts.split(packed)
+    copies = 1
+    if spread:
+        q, k, v = torch.empty(3, batch, length, num_heads, head_dim, dtype=packed.dtype, device=packed.device)
+        copies = num_heads // num_kv_heads
+        finish(v, num_turned, num_kv_heads, copies, False)
     finish(q, 0, num_heads, 1, True)
-    if not spread:
-        finish(k, num_heads, num_kv_heads, 1, True)
-        return (q, k, v), rstd
-    keys, values = torch.empty(2, batch, length, num_heads, head_dim, dtype=packed.dtype, device=packed.device)
-    finish(keys, num_heads, num_kv_heads, num_heads // num_kv_heads, True)
-    finish(values, num_turned, num_kv_heads, num_heads // num_kv_heads, False)
-    return (q, keys, values), rstd
+    finish(k, num_heads, num_kv_heads, copies, True)
+    return (q, k, v), rstd
 
 
 def _turn_back(
@@ -258,18 +258,18 @@ def _turn_back(
 
 
 def _value_back(
-    grad: Tensor, more: Tensor | None, packed: Tensor, extra: Tensor | None, rstd: Tensor, out: Tensor, counts: HeadCounts
+    grad: Tensor, more: Tensor | None, v: Tensor, extra: Tensor | None, rstd: Tensor, out: Tensor, counts: HeadCounts
 ) -> tuple[Tensor, Tensor | None]:
     """Fill the values of `out`; returns sums (N, 1) of gradient times value of the product, and with `extra` (N, K d),
     the values' other part, the gradient that it gets."""
     width = counts.num_kv_heads * counts.head_dim
-    num_rows, stride = packed.shape[0] * packed.shape[1], packed.shape[2]
-    sums = torch.empty(num_rows, 1, dtype=torch.float32, device=packed.device)
+    num_rows, stride = out.shape[0] * out.shape[1], out.shape[2]
+    sums = torch.empty(num_rows, 1, dtype=torch.float32, device=out.device)
     total = None if extra is None else torch.empty_like(extra)
     rows, wide = tile(width)
     _value_back_kernel[(triton.cdiv(num_rows, rows),)](
-        grad, more, packed, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), stride - width,
-        counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None, EXTRA=extra is not None,
+        grad, more, v, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), v.stride(1),
+        stride - width, counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None, EXTRA=extra is not None,
         ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return sums, total
@@ -281,7 +281,18 @@ def _exclude(z: Tensor, v: Tensor) -> Tensor:
     num_rows = z.numel() // head_dim
     out = torch.empty_like(z)
     _exclude_kernel[(triton.cdiv(num_rows, rows),)](
-        z, v, out, num_rows, num_heads, v.shape[-2], head_dim, v.stride(1), ROWS=rows, WIDTH=wide, num_warps=4
+        z,
+        v,
+        out,
+        num_rows,
+        num_heads,
+        num_heads // v.shape[-2],
+        head_dim,
+        v.stride(1),
+        v.stride(2),
+        ROWS=rows,
+        WIDTH=wide,
+        num_warps=4,
     )
     return out
 
@@ -293,7 +304,7 @@ def _exclude_backward(grad: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     num_rows = v.shape[0] * v.shape[1] * num_kv_heads
     dz, dv = torch.empty_like(z), v.new_empty(v.shape)
     _exclude_backward_kernel[(triton.cdiv(num_rows, rows),)](
-        grad, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v.stride(1),
+        grad, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v.stride(1), v.stride(2),
         GROUPS=z.shape[-2] // num_kv_heads, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return dz, dv
@@ -304,7 +315,6 @@ class AttentionRecord(NamedTuple):
 
     entering: Tensor
     rstd: Tensor
-    packed: Tensor
     rstd_heads: Tensor
     inner: tuple[Tensor, Tensor, Tensor, Tensor]
     seen: Tensor
@@ -333,12 +343,12 @@ def attention_forward(
         z = layer.attend(q[:, start:] if start else q, k, v, layer.window)
     seen = z.detach().contiguous()
     if layer.exclude:
-        seen = _exclude(seen, _rows_contiguous(counts.split(packed)[2][:, start:]))
+        seen = _exclude(seen, _dense_batches(_own_values(v, counts)[:, start:]))
     seen = seen.view(-1, counts.num_heads * counts.head_dim)
     old = x if last is None else x.view(batch, -1, width)[:, start:].reshape(-1, width)
     y, squares = products.added(seen, layer.out, old, True)
     assert squares is not None
-    record = AttentionRecord(x, rstd, packed, rstd_heads, (q, k, v, z), seen) if keep else None
+    record = AttentionRecord(x, rstd, rstd_heads, (q, k, v, z), seen) if keep else None
     return y, rstd_of_squares(squares, width), record
 
 
@@ -359,25 +369,35 @@ def attention_backward(
 ) -> AttentionGradients:
     """From the gradient of y (rows) back to the product that made the packed heads."""
     q, k, v, z = record.inner
-    packed, counts = record.packed, shape.counts
+    counts = shape.counts
     dz, more = (grad @ layer.out).view(z.shape), None
     if layer.exclude:
-        dz, more = _exclude_backward(dz, z.detach().contiguous(), counts.split(packed)[2])
+        dz, more = _exclude_backward(dz, z.detach().contiguous(), _own_values(v, counts))
     dq, dk, dv = (_rows_contiguous(part) for part in torch.autograd.grad(z, (q, k, v), dz))
-    out = torch.empty_like(packed)
+    out = grad.new_empty(*q.shape[:2], layer.qkv.shape[0])
     views = q.detach(), k.detach()
     gain = _turn_back((dq, dk), views, counts, shape.rotary, layer.gain, record.rstd_heads, record.rstd, out)
     other = value @ layer.value.T if layer.value is not None and value is not None else None
-    sums, d_other = _value_back(dv, more, packed, other, record.rstd, out, counts)
+    sums, d_other = _value_back(dv, more, v.detach(), other, record.rstd, out, counts)
     # The norms of queries and keys leave nothing of their gradients along themselves: the values alone count.
     correction = correction_of(sums, record.rstd, record.entering.shape[1])
     return AttentionGradients(out.view(-1, out.shape[-1]), correction, gain, d_other)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """(B, T, heads, d) whose heads lie side by side and whose batches follow each other."""
-    good = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] and x.stride(0) == x.shape[1] * x.stride(1)
+def _own_values(v: Tensor, counts: HeadCounts) -> Tensor:
+    """Each value head once, (B, T, K, d), as a view."""
+    return v.detach()[:, :, :: v.shape[2] // counts.num_kv_heads]
+
+
+def _dense_batches(x: Tensor) -> Tensor:
+    """(B, T, heads, d) of which one distance leads from token to token, also from one sequence to the next."""
+    good = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if good else x.contiguous()
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """The same with heads that lie side by side."""
+    return _dense_batches(x) if x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
 def _flat(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
