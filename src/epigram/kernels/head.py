@@ -3,7 +3,6 @@
 Legend: B sequences, T positions, D model width, V vocabulary.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

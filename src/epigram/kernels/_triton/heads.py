@@ -131,7 +131,8 @@ def _turn_back_kernel(
 @triton.jit
 def _value_back_kernel(
     grad_in, grad_more, values, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, value_stride,
-    first, head_dim, COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    first, head_dim,
+    COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows are tokens, columns the values of all heads. sums: gradient times the values that come from the product."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -269,8 +270,8 @@ def _value_back(
     rows, wide = tile(width)
     _value_back_kernel[(triton.cdiv(num_rows, rows),)](
         grad, more, v, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), v.stride(1),
-        stride - width, counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None, EXTRA=extra is not None,
-        ROWS=rows, WIDTH=wide, num_warps=4,
+        stride - width, counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None,
+        EXTRA=extra is not None, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return sums, total
 
@@ -353,9 +354,8 @@ def attention_forward(
 
 
 class AttentionGradients(NamedTuple):
-    """packed: of the product's result, times rstd, rows; seen: the record's, whose product with grad is that of `out`.
-
-    correction: see `epigram.kernels.products.base`; gain (H,); value: of the layer's own value weights' result, or None.
+    """packed: of the result of the product that makes the heads, times rstd, rows (N, channels). correction: see
+    `epigram.kernels.products.base`. gain: (H,). value: of the result of the layer's value weights, or None.
     """
 
     packed: Tensor

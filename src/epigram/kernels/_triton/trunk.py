@@ -3,8 +3,8 @@
 Forward, a layer is five products (see `epigram.kernels.products`), attention, and two small kernels for its heads. The
 product that ends the MLP also mixes the next layer's stream. Backward, the mix needs no pass of its own either:
 
-- own * x, with x = y + hidden @ downᵀ: the gradient d of what enters the next layer goes through (own * down) and own * y
-  as it is, and the gradient of `own` is that of own * y, a sum beside a product, plus the rows of (dᵀ hidden) * down.
+- own * x, with x = y + hidden @ downᵀ: the gradient d of what enters the next layer goes through (own * down) and
+  own * y as it is; the gradient of `own` is that of own * y, a sum beside a product, plus the rows of (dᵀ hidden) * down.
 - only where x also goes elsewhere (a skip, or kept for the head) its gradient is written out: `branch_back`.
 - first * x0: the gradients of a few layers wait for each other, so that one kernel adds them up: `fan_in`.
 """
@@ -54,7 +54,7 @@ class _Trunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x0: Tensor, value: Tensor | None, setting: _Setting, *tensors: Tensor | None) -> Any:
         layers, products, keep = setting.layers, setting.products, setting.keep
-        (batch, length, width), count = x0.shape, len(layers)
+        batch, width, count = x0.shape[0], x0.shape[2], len(layers)
         flat0 = x0.reshape(-1, width)
         extra = None if value is None else value.reshape(-1, value.shape[-1])
         entering, rstd = enter_first(flat0, layers[0].first)
