@@ -115,6 +115,7 @@ def test_importing_the_package_needs_no_gpu_library() -> None:
         "    sys.modules[name] = None\n"
         "import epigram\n"
         "plugins = ('epigram.run.writers.', 'epigram.data.sources.', 'epigram.attention.')\n"
+        "plugins += ('epigram.kernels._triton.',)\n"
         "for module in pkgutil.walk_packages(epigram.__path__, 'epigram.'):\n"
         "    if module.name.startswith(plugins) or module.name.endswith('__main__'):\n"
         "        continue\n"
