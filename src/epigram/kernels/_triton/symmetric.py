@@ -23,9 +23,7 @@ class Tiles(NamedTuple):
 _LARGE = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 # A small matrix has too few large tiles to occupy the GPU.
 _SMALL = Tiles(64, 64, 64, num_warps=4, num_stages=4)
-_FLOAT32 = Tiles(
-    64, 64, 32, num_warps=8, num_stages=2
-)  # products without tensor cores hold their operands in registers
+_FLOAT32 = Tiles(64, 64, 32, num_warps=4, num_stages=2)  # these operands lie in registers: more would spill
 _LARGE_FROM = 512  # rows
 
 
