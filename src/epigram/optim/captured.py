@@ -4,7 +4,7 @@ A graph replays the launches that it recorded, on the same memory. All state lie
 what changes from step to step (learning rate, momentum, scale of the gradients, weight of the average) is read from
 the device. Only gradients move: a backward pass puts them where it finds room. So the part that reads them, AdamW and
 Muon's momentum, is launched as usual, and the graph holds what follows: Newton-Schulz, the weights, their average.
-That needs no copy of the gradients, and leaves some twenty launches of about eighty.
+That needs no copy of the gradients, and leaves some fifteen launches of about seventy.
 
 It takes work from the host and the gaps from between the kernels, which helps where the host is late. Nothing else
 depends on this file.

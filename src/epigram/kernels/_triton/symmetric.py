@@ -58,7 +58,8 @@ def product(
     assert squares is None or (squares.shape[0] == n and squares.dtype == torch.float32 and squares.stride(1) == 1)
     assert left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16, torch.float32), left.dtype
     # The interpreter multiplies the bit patterns of bfloat16 as if they were integers.
-    assert left.is_cuda or left.dtype != torch.bfloat16, "no bfloat16 products in Triton's interpreter"
+    interpreted = triton.knobs.runtime.interpret
+    assert not (interpreted and left.dtype == torch.bfloat16), "no bfloat16 products in Triton's interpreter"
     tiles = tiles or tiles_of(num_rows, left.dtype)
     assert not symmetric or (num_rows == num_cols and tiles.rows == tiles.cols)
     # Laid out like the operand that it replaces: a transposed view stays one.
