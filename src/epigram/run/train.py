@@ -102,11 +102,11 @@ def train_step(session: Session, plan: StepPlan) -> Tensor:
         loss.backward()
         session.gradients.add(lane)
         losses.append(loss.detach())
-    norms = session.gradients.finish(session.reduce())
-    session.optimizer.step(plan.lr_multiplier, plan.momentum)
+    gathered = session.gradients.finish(session.reduce())
+    session.optimizer.step(plan.lr_multiplier, plan.momentum, gathered.scale)
     session.optimizer.zero_grad()
     session.average.update()
-    measured = torch.stack([torch.stack(losses).mean(), norms.norms.mean()])
+    measured = torch.stack([torch.stack(losses).mean(), gathered.norms.mean()])
     collectives.sum_(session.context, [measured])  # so that every rank sees a loss that is not finite in the same step
     return measured / session.context.world_size
 
