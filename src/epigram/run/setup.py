@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epigram.attention.base import Request, choose
+from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
 from epigram.data.lanes import lanes_of_rank
@@ -27,6 +28,7 @@ from epigram.optim.gradients import LaneGradients, lane_weights
 from epigram.optim.optimizer import Optimizer
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
+from epigram.run.speed import Work, agreed_ms, training_work
 
 CACHE = Path(".cache/epigram/data")
 """Where text given as --data is built, below the current folder."""
@@ -72,7 +74,7 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
     """Everything on the device, initial weights drawn. Raises UserError when recipe, data and machine do not fit."""
     check_fit(config, data)
     compiled = should_compile(config.run.compile, context)
-    model, paths = build_model(config, context, compiled)
+    model, paths = build_model(config, context, compiled, training_work(config))
     model.initialize(config.seed)
     named, roles = dict(model.named_parameters()), model.roles()
     lanes = lanes_of_rank(config.flat_lanes, context.rank, context.world_size)
@@ -107,14 +109,17 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
     )
 
 
-def build_model(config: Config, context: Context, compiled: bool) -> tuple[GPT, dict[str, str]]:
-    """The model on its device with precision and attention chosen, weights not yet set; and the choices, in words."""
+def build_model(config: Config, context: Context, compiled: bool, work: Work) -> tuple[GPT, dict[str, str]]:
+    """The model on its device with precision and attention chosen, weights not yet set; and the choices, in words.
+
+    work: what attention will have to do, by which "auto" measures it on CUDA.
+    """
     if context.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
     paths["compile"] = "on" if compiled else "off"
-    return model, paths | attach_attention(model, config.run.attention, context, compiled)
+    return model, paths | attach_attention(model, config.run.attention, context, compiled, work)
 
 
 def token_loss(model: GPT, compiled: bool) -> TokenLoss:
@@ -133,8 +138,13 @@ def compile_shapes(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
-def attach_attention(model: GPT, backend: str, context: Context, compiled: bool) -> dict[str, str]:
-    """Give the model its attention backends for full and for windowed layers; returns their names."""
+def attach_attention(
+    model: GPT, backend: str, context: Context, compiled: bool, work: Work | None = None
+) -> dict[str, str]:
+    """Give the model its attention backends for full and for windowed layers; returns which, in words.
+
+    work: with it, "auto" takes on CUDA what is fastest at it; else what comes first in the capability table.
+    """
     c = model.config
     request = Request(
         device_type=context.device.type,
@@ -145,12 +155,17 @@ def attach_attention(model: GPT, backend: str, context: Context, compiled: bool)
         num_kv_heads=c.num_kv_heads,
         window=0,
         compiled=compiled,
+        backward=work is None or work.backward,
     )
-    paths = {}
-    paths["attention"], model.attend = choose(backend, request)
+
+    prepare = compile_shapes if compiled else None
+    on_cuda = context.device.type == "cuda"
+    measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None
+    chosen = choose(backend, request, measure)
+    model.attend, paths = chosen.attend, {"attention": str(chosen)}
     if c.window_layers:
-        windowed, model.attend_window = choose(backend, replace(request, window=c.window))
-        paths["attention of windowed layers"] = windowed
+        chosen = choose(backend, replace(request, window=c.window), measure)
+        model.attend_window, paths["attention of windowed layers"] = chosen.attend, str(chosen)
     return paths
 
 
@@ -166,22 +181,23 @@ def attention_for_eager(model: GPT, context: Context) -> Iterator[None]:
 
 
 def pick_precision(name: str, context: Context) -> tuple[torch.dtype, dict[str, str]]:
-    """bfloat16 where the device multiplies it fast, float32 elsewhere: a CPU may be 200 times slower in bfloat16."""
-    fast = context.device.type == "cuda" and (context.capability or (0, 0)) >= (8, 0)
-    name = name if name != "auto" else "bfloat16" if fast else "float32"
+    """The precision called `name`; for "auto" the one that the capability table gives this device."""
+    auto = support(context.device.type, context.capability).precision
+    dtype = auto if name == "auto" else getattr(torch, name)
     where = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
-    return getattr(torch, name), {"device": where, "precision": name}
+    return dtype, {"device": where, "precision": str(dtype).removeprefix("torch.")}
 
 
 def should_compile(setting: str, context: Context) -> bool:
-    """Whether to compile: asked for, or left open and a compiler is there. Raises UserError when asked for in vain."""
-    available = compiler_available()
-    if setting == "on" and not available:
-        raise UserError(
-            'run.compile = "on" needs a C++ compiler and the headers of Python (install g++ and python3-dev), '
-            "or set run.compile=off"
-        )
-    return setting != "off" and available and context.device.type in ("cuda", "cpu")
+    """Whether to compile: asked for, or left open and possible. Raises UserError when it is asked for in vain."""
+    if setting == "off":
+        return False
+    reason = why_no_compile(context.device.type, context.capability)
+    if reason is None and not compiler_available():
+        reason = "it needs a C++ compiler and the headers of Python: install g++ and python3-dev"
+    if setting == "on" and reason:
+        raise UserError(f'run.compile = "on" cannot be used here: {reason}; or set run.compile=off')
+    return reason is None
 
 
 def compiler_available() -> bool:
