@@ -9,7 +9,8 @@ Legend: B sequences, Tq queries, Tk >= Tq keys (the queries are the last Tq posi
 key/value heads, D head size. q is (B, Tq, H, D), k and v are (B, Tk, K, D), out is (B, Tq, H, D); query head h reads
 key/value head h // (H // K); logits are scaled by D ** -0.5. `window` = w > 0 lets position t see keys t-w..t, which
 are w + 1 keys (the convention of the FlashAttention family); 0 means the whole prefix. The inputs may be views into a
-larger tensor.
+larger tensor. A backend whose backward pass is quicker with as many key/value heads as query heads sets
+`attend.equal_heads = True`: kernels that write the heads anyway then write them repeated.
 
 "auto" takes the fastest of the backends that can serve the request, as `measure` finds them, and without one the first
 in the order of `epigram.capability`.

@@ -4,14 +4,12 @@ An operation is `kernels/<op>.py` with the public function and the plain twin, a
 kernel. The second one needs Triton to be imported, so the first one does that only when it is asked to be fused.
 """
 
-from importlib.util import find_spec
-
 import torch
 
+from epigram.capability import triton_installed, why_no_triton
 from epigram.errors import UserError
 
 CHOICES = ("auto", "fused", "plain")
-_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 products and asynchronous copies
 
 
 def use_fused(kernels: str, device: torch.device) -> bool:
@@ -29,21 +27,11 @@ def use_fused(kernels: str, device: torch.device) -> bool:
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`, in a sentence; None when they can."""
-    if device.type != "cuda":
-        return f"fused kernels are for CUDA devices, not for {device.type}"
-    if (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
-        return f"fused kernels need compute capability 8.0 or newer, this GPU has {'.'.join(map(str, capability))}"
-    if not _has_triton():
-        return "Triton is not installed (pip install 'epigram[kernels]')"
-    return None
-
-
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return why_no_triton(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
 def _interpreting() -> bool:
-    if not _has_triton():
+    if not triton_installed():
         return False
     from triton import knobs
 

@@ -25,8 +25,9 @@ class Layer(NamedTuple):
     """One layer: matrices in the compute precision, coefficients in float32.
 
     own, first (D,): see the module; own is None in the layer that x0 enters. skip: the layer whose output enters
-    besides (not the one before), and its coefficient (D,). qkv ((H + 2 K) d, D), out (D, H d), gain (H,), value (K d, E)
-    or None. up (M, D), down (D, M). window: of attention, 0 for the whole prefix. exclude: XSA, `exclude_own_value`.
+    besides (not the one before), and its coefficient (D,). qkv ((H + 2 K) d, D), out (D, H d), gain (H,), value
+    (K d, E) or None. up (M, D), down (D, M). window: of attention, 0 for the whole prefix. exclude: XSA, see
+    `exclude_own_value`.
     attend: the attention backend. carry: (2,) factors on the stream in both residual sums, or None.
     """
 

@@ -4,7 +4,7 @@ Forward, a layer is five products (see `epigram.kernels.products`), attention, a
 product that ends the MLP also mixes the next layer's stream. Backward, the mix needs no pass of its own either:
 
 - own * x, with x = y + hidden @ downᵀ: the gradient d of what enters the next layer goes through (own * down) and
-  own * y as it is; the gradient of `own` is that of own * y, a sum beside a product, plus the rows of (dᵀ hidden) * down.
+  own * y as it is; the gradient of `own` is that of own * y, a sum beside a product, plus sums of (dᵀ hidden) * down.
 - only where x also goes elsewhere (a skip, or kept for the head) its gradient is written out: `branch_back`.
 - first * x0: the gradients of a few layers wait for each other, so that one kernel adds them up: `fan_in`.
 """
@@ -142,7 +142,7 @@ class _Trunk(torch.autograd.Function):
             entered[index], _ = products.back(back.packed, layer.qkv, dy, attention.entering, back.correction)
             found[index]["qkv"] = back.packed.T @ attention.entering
             found[index]["gain"] = back.gain
-            if back.value is not None:
+            if back.value is not None and extra is not None:
                 found[index]["value"] = back.value.T @ extra
                 more = back.value @ layer.value
                 d_extra = more if d_extra is None else d_extra.add_(more)
