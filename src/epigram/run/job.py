@@ -19,7 +19,7 @@ from epigram.optim.base import restore
 from epigram.run import checkpoint
 from epigram.run.budget import timed
 from epigram.run.export import over_budget, quantize
-from epigram.run.machine import environment
+from epigram.run.machine import environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
 from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, should_compile, token_loss
@@ -218,26 +218,15 @@ def _train(session: Session, record: RunRecord) -> None:
         max_tokens=config.run.val_tokens,
     )
     train(session, record, lambda: _validation(validate()))
-    record.update(**figures(session), peak_memory_bytes=_peak_memory(session.context), paths=session.paths)
+    record.update(
+        **figures(session), peak_memory_bytes=peak_memory_bytes(session.context.device.type), paths=session.paths
+    )
     save_checkpoint(session, record)  # with the weights that training would go on from
     session.average.copy_to()
 
 
 def _validation(row: dict[str, Any]) -> dict[str, float]:
     return {"val_nats": row["val_nats"], "val_bpb": row["val_bpb"]}
-
-
-def _peak_memory(context: Context) -> int:
-    """Bytes: of the device's allocator on CUDA, of the process elsewhere."""
-    import torch
-
-    if context.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _checked(config: Config, record: RunRecord) -> dict[str, Any]:

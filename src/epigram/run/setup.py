@@ -37,40 +37,67 @@ LaneLoss = Callable[[Tensor, Tensor, Tensor | None, float, BankTransform | None]
 
 
 @dataclass(kw_only=True)
-class Session:
-    """A run in progress: the parts, and how far it is.
+class Engine:
+    """All that computes a step, wherever its tokens come from.
 
     lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. nll: the (compiled) loss of
     scoring. quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
-    a choice, for the log. times_s: the schedules' clock at the start of each step. trained_s: what steps really took.
+    a choice, for the log.
     """
 
     config: Config
     context: Context
-    data: DataFolder
     model: GPT
     optimizer: Optimizer
     average: Average
     gradients: LaneGradients
-    loader: Loader
     lanes: tuple[int, ...]
     lane_loss: LaneLoss
     nll: TokenLoss
     quantized: BankTransform
-    clock: Clock
     paths: dict[str, str]
-    step: int = 0
-    times_s: list[float] = field(default_factory=list)
-    trained_s: float = 0.0
 
     def reduce(self) -> Callable[[list[Tensor]], None] | None:
         """How gradients are summed over processes; None when there is nothing to communicate."""
         return partial(collectives.sum_, self.context) if self.context.world_size > 1 else None
 
 
+@dataclass(kw_only=True)
+class Session(Engine):
+    """A run in progress: what computes, its data, and how far it is.
+
+    times_s: the schedules' clock at the start of each step. trained_s: what steps really took.
+    """
+
+    data: DataFolder
+    loader: Loader
+    clock: Clock
+    step: int = 0
+    times_s: list[float] = field(default_factory=list)
+    trained_s: float = 0.0
+
+
 def build_session(config: Config, data: DataFolder, context: Context) -> Session:
     """Everything on the device, initial weights drawn. Raises UserError when recipe, data and machine do not fit."""
     check_fit(config, data)
+    engine = build_engine(config, context)
+    return Session(
+        **vars(engine),
+        data=data,
+        loader=Loader(
+            data.split("train"),
+            config.flat_lanes,
+            seed=config.seed,
+            lane_indices=engine.lanes,
+            pin=context.device.type == "cuda",
+            vocab_size=config.model.vocab_size,
+        ),
+        clock=make_clock(config.budget, partial(collectives.from_main, context)),
+    )
+
+
+def build_engine(config: Config, context: Context) -> Engine:
+    """A session's parts that need no data. Raises UserError when recipe and machine do not fit."""
     compiled = should_compile(config.run.compile, context)
     model, paths = build_model(config, context, compiled)
     model.initialize(config.seed)
@@ -80,29 +107,19 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
         f"{len(config.flat_lanes)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
     )
     weights = lane_weights([lane.num_tokens for lane in config.flat_lanes], config.gradients.lane_weight)
-    return Session(
+    return Engine(
         config=config,
         context=context,
-        data=data,
         model=model,
         optimizer=Optimizer(named, roles, config.optim),
         average=average_of(named, config.average),
         gradients=LaneGradients(
             named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
         ),
-        loader=Loader(
-            data.split("train"),
-            config.flat_lanes,
-            seed=config.seed,
-            lane_indices=lanes,
-            pin=context.device.type == "cuda",
-            vocab_size=config.model.vocab_size,
-        ),
         lanes=lanes,
         lane_loss=compile_shapes(model.loss) if compiled else model.loss,
         nll=token_loss(model, compiled),
         quantized=bank_transform(model, config),
-        clock=make_clock(config.budget, partial(collectives.from_main, context)),
         paths=paths,
     )
 
@@ -135,8 +152,19 @@ def compile_shapes(function: Any) -> Any:
 
 def attach_attention(model: GPT, backend: str, context: Context, compiled: bool) -> dict[str, str]:
     """Give the model its attention backends for full and for windowed layers; returns their names."""
+    request = attention_request(model, context, compiled)
+    paths = {}
+    paths["attention"], model.attend = choose(backend, request)
+    if model.config.window_layers:
+        windowed, model.attend_window = choose(backend, replace(request, window=model.config.window))
+        paths["attention of windowed layers"] = windowed
+    return paths
+
+
+def attention_request(model: GPT, context: Context, compiled: bool) -> Request:
+    """What the model's full-attention layers ask of a backend."""
     c = model.config
-    request = Request(
+    return Request(
         device_type=context.device.type,
         capability=context.capability,
         dtype=model.compute_dtype,
@@ -146,12 +174,6 @@ def attach_attention(model: GPT, backend: str, context: Context, compiled: bool)
         window=0,
         compiled=compiled,
     )
-    paths = {}
-    paths["attention"], model.attend = choose(backend, request)
-    if c.window_layers:
-        windowed, model.attend_window = choose(backend, replace(request, window=c.window))
-        paths["attention of windowed layers"] = windowed
-    return paths
 
 
 @contextmanager
@@ -210,7 +232,7 @@ def check_fit(config: Config, data: DataFolder) -> None:
         )
 
 
-def state_of(session: Session) -> dict[str, dict[str, Any]]:
+def state_of(session: Engine) -> dict[str, dict[str, Any]]:
     """All tensors that training changes, as live tensors by part."""
     return {
         "model": dict(session.model.state_dict()),
