@@ -26,27 +26,24 @@ CHOICES = ("auto", "fused", "plain")
 class Kernels:
     """One implementation of every operation; what each does say the files of this folder.
 
-    residual: mix, mix_norm. heads: add_attention. mlp: add_mlp. head: head_loss, head_nll. front: enter, look_up, scaled.
+    front: enter, look_up, scaled. trunk: trunk. residual: mix_norm. head: head_loss, head_nll.
     """
 
     name: str
-    mix: Callable[..., tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
-    mix_norm: Callable[..., Tensor]
-    add_attention: Callable[..., tuple[Tensor, Tensor | None]]
-    add_mlp: Callable[..., Tensor]
-    head_loss: Callable[..., Tensor]
-    head_nll: Callable[..., Tensor]
     enter: Callable[..., Tensor]
     look_up: Callable[..., Tensor]
     scaled: Callable[..., Tensor]
+    trunk: Callable[..., tuple[Tensor, Tensor | None]]
+    mix_norm: Callable[..., Tensor]
+    head_loss: Callable[..., Tensor]
+    head_nll: Callable[..., Tensor]
 
 
 _PLACES = {
-    "residual": ("mix", "mix_norm"),
-    "heads": ("add_attention",),
-    "mlp": ("add_mlp",),
-    "head": ("head_loss", "head_nll"),
     "front": ("enter", "look_up", "scaled"),
+    "trunk": ("trunk",),
+    "residual": ("mix_norm",),
+    "head": ("head_loss", "head_nll"),
 }
 
 
@@ -65,19 +62,20 @@ def fused(products: str) -> Kernels:
     """The fused kernels over a file of `products/`. Needs Triton."""
     operations = _load("epigram.kernels._triton")
     chosen = plugin.load(PRODUCTS, products)
-    for operation in ("add_attention", "add_mlp"):
-        operations[operation] = partial(operations[operation], products=chosen)
+    operations["trunk"] = partial(operations["trunk"], products=chosen)
     return Kernels(name=f"fused, products by {products}", **operations)
 
 
-def why_not_fused(device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype) -> str | None:
+def why_not_fused(device_type: str, capability: tuple[int, int] | None, dims: Dims) -> str | None:
     """Why the fused kernels cannot serve here, in a sentence; None when they can."""
     if device_type != "cuda" or capability is None:
         return "the fused kernels are for CUDA devices"
     if capability < (8, 0):
         return f"the fused kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the fused kernels are for bfloat16 and float16, not {dtype}"
+    if dims.dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernels are for bfloat16 and float16, not {dims.dtype}"
+    if dims.carries:
+        return "the fused kernels do not know residual lambdas"
     if importlib.util.find_spec("triton") is None:
         return "the fused kernels need Triton: pip install 'epigram[kernels]'"
     return None
@@ -89,7 +87,7 @@ def choose(name: str, device_type: str, capability: tuple[int, int] | None, dims
     Raises UserError when the fused ones are asked for where they cannot.
     """
     assert name in CHOICES
-    reason = why_not_fused(device_type, capability, dims.dtype)
+    reason = why_not_fused(device_type, capability, dims)
     if name == "fused" and reason:
         raise UserError(f'run.kernels = "fused" cannot be used here: {reason}')
     if name == "plain" or reason:

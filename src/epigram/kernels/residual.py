@@ -1,4 +1,4 @@
-"""Where streams meet: a weighted sum over channels; and the norm that reads a stream.
+"""The norm, and the one that reads a weighted sum of streams.
 
 Legend: B sequences, T positions, D model width; a stream is (B, T, D), a coefficient (D,) float32.
 """
@@ -13,24 +13,14 @@ Streams = tuple[Tensor, ...]
 Coefficients = tuple[Tensor | None, ...]
 
 
-def mix(streams: Streams, coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Streams]:
-    """(x, rstd, streams): x = sum of coefficient * stream; and the streams again.
-
-    A coefficient of None stands for one. rstd: 1 / rms of x over its channels, (B * T,) float32, for the sublayer that
-    reads x next, or None where nobody needs it. Whoever uses a stream a second time should use the one that is
-    returned: a fused version then adds both gradients in the pass that it makes anyway.
-    """
+def mix_norm(streams: Streams, coefficients: Coefficients) -> Tensor:
+    """The sum of coefficient * stream, divided by its root mean square, (B, T, D). A coefficient of None stands for one."""
     total: Tensor | None = None
     for stream, coefficient in zip(streams, coefficients, strict=True):
         part = stream if coefficient is None else coefficient.to(stream.dtype) * stream
         total = part if total is None else total + part
     assert total is not None
-    return total, None, streams
-
-
-def mix_norm(streams: Streams, coefficients: Coefficients) -> Tensor:
-    """The normalised view of `mix`, (B, T, D)."""
-    return norm(mix(streams, coefficients)[0])
+    return norm(total)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -82,9 +82,9 @@ class Skips(nn.Module):
             self.gate = nn.Parameter(torch.zeros(config.num_skips, config.model_dim))
         self.gated = config.skips == "gated"
 
-    def coefficients(self) -> list[tuple[Tensor, Tensor]]:
-        """For each layer of the second half the factors (D,) of the stream and of its skip."""
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Factors (layers of the second half, D) of the stream and of its skip."""
         if not self.gated:
-            return [(torch.ones_like(weight), weight) for weight in self.weight.unbind(0)]
+            return torch.ones_like(self.weight), self.weight
         gate = torch.sigmoid(self.gate)
-        return list(zip(gate.unbind(0), ((1 - gate) * self.weight).unbind(0), strict=True))
+        return gate, (1 - gate) * self.weight

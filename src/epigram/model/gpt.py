@@ -14,9 +14,9 @@ from epigram.attention.base import Attend
 from epigram.attention.sdpa import attend as sdpa_attend
 from epigram.kernels.base import PLAIN, Kernels
 from epigram.kernels.front import smear
-from epigram.kernels.heads import AttentionWeights
+from epigram.kernels.heads import HeadCounts
+from epigram.kernels.trunk import Layer, Shape
 from epigram.loss import softcap
-from epigram.model.block import LayerWeights, Pass, block
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.embeddings import BigramEmbedding, Skips, SmearGate, ValueEmbedding
@@ -145,24 +145,24 @@ class GPT(nn.Module):
         the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
         last layer need not compute for the others, it does not.
         """
-        run = self._prepare(tokens, rope_len, cache, tap)
-        x = x0 = self._embed(tokens, run)
-        skips: list[Tensor] = []
-        kept: Tensor | None = None
-        mixes = self._mixes()
-        for layer, weights in enumerate(self._layers(run, transform)):
-            streams, coefficients = self._entering(layer, x, x0, skips, mixes[layer])
-            x, rstd, streams = run.kernels.mix(streams, coefficients)
-            x0 = streams[-1]
-            if 0 < layer < self._first_skip_layer:
-                skips.append(streams[0])
-            if layer - 1 == self.config.backout_layer:
-                kept = streams[0]
-            x = block(x, rstd, weights, run, last if layer == self.config.num_layers - 1 else None)
+        # The twins show every product's input, and are quicker with the few tokens of a generation.
+        kernels = self.kernels if cache is None and tap is None else PLAIN
+        c, see = self.config, tap or _ignore
+        value = self._value(tokens, kernels, see)
+        kept = c.backout_layer if c.backout_layer < c.num_layers - 1 else -1  # the last layer needs no keeping
+        x, backed = kernels.trunk(
+            self._embed(tokens, kernels, cache, see),
+            self._layers(kernels, cache, transform),
+            value,
+            self._shape(tokens, rope_len, cache),
+            kept=kept,
+            last=last,
+            **({} if tap is None else {"see": tap}),
+        )
         if cache is not None:
             cache.advance(tokens)
-        x = self._leaving(x, kept, last, run)
-        run.see("head", x)
+        x = self._leave(x, backed, last, kernels)
+        see("head", x)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -187,108 +187,123 @@ class GPT(nn.Module):
         targets = targets if last is None else targets[:, -last:]
         return self.kernels.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap)
 
-    def _prepare(self, tokens: Tensor, rope_len: int | None, cache: Cache | None, tap: Tap | None) -> Pass:
-        length = tokens.shape[1]
+    def _shape(self, tokens: Tensor, rope_len: int | None, cache: Cache | None) -> Shape:
+        c, length = self.config, tokens.shape[1]
         start = cache.position if cache is not None else 0
         rope_len = cache.rope_len if cache is not None else (rope_len or length)
-        # The twins show every product's input, and are quicker with the few tokens of a generation.
-        kernels = self.kernels if cache is None and tap is None else PLAIN
-        run = Pass(
-            config=self.config,
-            dtype=self.compute_dtype,
-            rotary=rotary_tables(self.config, start, length, rope_len, tokens.device, self.compute_dtype),
-            attend=self.attend,
-            attend_window=self.attend_window,
-            kernels=kernels,
-            value=self.value_embed.lookup(tokens, self.compute_dtype, kernels) if self._has_value else None,
-            cache=cache,
-            tap=tap,
-        )
-        if run.value is not None:
-            run.see("value_embed.proj", run.value)
-        return run
+        rotary = rotary_tables(c, start, length, rope_len, tokens.device, self.compute_dtype)
+        return Shape(HeadCounts(c.num_heads, c.num_kv_heads, c.head_dim), rotary, c.mlp_slope)
 
-    def _embed(self, tokens: Tensor, run: Pass) -> Tensor:
+    def _embed(self, tokens: Tensor, kernels: Kernels, cache: Cache | None, see: Tap) -> Tensor:
         """The stream before the first layer, (B, T, D)."""
-        cache, extra = run.cache, None
+        dtype, extra = self.compute_dtype, None
         if self.config.bigram_buckets:
-            pair = self.bigram.lookup(tokens, cache.previous_token if cache else None, run.dtype, run.kernels)
-            run.see("bigram.proj", pair)
-            extra = F.linear(pair, (self.bigram.scale * self.bigram.proj).to(run.dtype))
+            pair = self.bigram.lookup(tokens, cache.previous_token if cache else None, dtype, kernels)
+            see("bigram.proj", pair)
+            extra = F.linear(pair, (self.bigram.scale * self.bigram.proj).to(dtype))
         gate = torch.sigmoid(self.smear.gate) if self.config.smear else None
         if cache is None or gate is None:
-            return run.kernels.enter(tokens, self.embed, extra, gate, run.dtype)
-        x = run.kernels.enter(tokens, self.embed, extra, None, run.dtype)
+            return kernels.enter(tokens, self.embed, extra, gate, dtype)
+        x = kernels.enter(tokens, self.embed, extra, None, dtype)
         before, cache.previous_embedding = cache.previous_embedding, x[:, -1:]
         return smear(x, gate, before)
 
-    @property
-    def _has_value(self) -> bool:
-        return bool(self.config.value_embed_layers)
+    def _value(self, tokens: Tensor, kernels: Kernels, see: Tap) -> Tensor | None:
+        """(B, T, value_embed_dim): what some layers' values get on top, before their projections."""
+        if not self.config.value_embed_layers:
+            return None
+        value = self.value_embed.lookup(tokens, self.compute_dtype, kernels)
+        see("value_embed.proj", value)
+        return value
 
-    @property
-    def _first_skip_layer(self) -> int:
-        """The first layer that takes a skip; none does when it is 0."""
-        return self.config.num_layers // 2 if self.config.num_skips else 0
-
-    def _mixes(self) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-        """For each layer the coefficients (D,) of the stream, of its skip if it takes one, and of the first stream."""
-        own, first = (part.unbind(0) for part in self.resid_mix.unbind(1))
-        mixes: list[tuple[Tensor, Tensor | None, Tensor]] = [(a, None, b) for a, b in zip(own, first, strict=True)]
-        if self.config.num_skips:
-            for index, (stream, skip) in enumerate(self.skip.coefficients()):
-                layer = self._first_skip_layer + index
-                mixes[layer] = (own[layer] * stream, own[layer] * skip, first[layer])
-        return mixes
-
-    def _entering(
-        self, layer: int, x: Tensor, x0: Tensor, skips: list[Tensor], mix: tuple[Tensor, Tensor | None, Tensor]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Streams that meet before `layer`, x first and x0 last, each once, and their coefficients."""
-        own, skipped, first = mix
-        if layer == 0:
-            return (x0,), (own + first,)
-        if skipped is None:
-            return (x, x0), (own, first)
-        if layer == self._first_skip_layer:  # whose skip is x itself
-            return (x, x0), (own + skipped, first)
-        return (x, skips.pop(), x0), (own, skipped, first)
-
-    def _leaving(self, x: Tensor, kept: Tensor | None, last: int | None, run: Pass) -> Tensor:
-        """The normalised final states."""
-        if self.config.backout_layer < 0:
-            return run.kernels.mix_norm((x,), (None,))
-        if kept is None:  # the last layer backs itself out
-            return run.kernels.mix_norm((x,), ((1 - self.backout).expand(x.shape[-1]).contiguous(),))
-        kept = kept if last is None else kept[:, -last:].contiguous()
-        return run.kernels.mix_norm((x, kept), (None, (-self.backout).expand(x.shape[-1]).contiguous()))
-
-    def _layers(self, run: Pass, transform: BankTransform | None) -> list[LayerWeights]:
-        """Each layer's weights in the compute precision: a bank is converted once, then split.
+    def _layers(self, kernels: Kernels, cache: Cache | None, transform: BankTransform | None) -> list[Layer]:
+        """What each layer is made of: a bank is converted to the compute precision once, then split.
 
         The scales of a layer's input and outputs go into the rows of its matrices.
         """
-        depth = self.depth if self.config.depth_scale else None
+        c = self.config
+        depth = self.depth if c.depth_scale else None
         scales = {"qkv": depth, "out": self.attn_scale, "up": depth, "down": self.mlp_scale}
         banks = {}
         for name, bank in self.banks.named_parameters():
             used = transform(name, bank) if transform else bank
             scale = scales[name]
             rows = None if scale is None else scale.expand(bank.shape[:2])
-            banks[name] = run.kernels.scaled(used, rows, run.dtype).unbind(0)
-        values = self.value_embed.projections(run.dtype) if self._has_value else {}
+            banks[name] = kernels.scaled(used, rows, self.compute_dtype).unbind(0)
+        values = self.value_embed.projections(self.compute_dtype) if c.value_embed_layers else {}
         gains = self.q_gain.unbind(0)
-        lambdas = self.resid_lambda.unbind(0) if self.config.residual_lambdas else None
-        return [
-            LayerWeights(
-                layer=i,
-                attention=AttentionWeights(banks["qkv"][i], banks["out"][i], gains[i], values.get(i)),
-                up=banks["up"][i],
-                down=banks["down"][i],
-                resid_lambda=lambdas[i] if lambdas else None,
+        carries = self.resid_lambda.unbind(0) if c.residual_lambdas else None
+        layers = []
+        for i, (own, first, skip) in enumerate(self._mixes()):
+            attend, window = self._attention(i, cache)
+            layers.append(
+                Layer(
+                    own=own,
+                    first=first,
+                    skip=skip,
+                    qkv=banks["qkv"][i],
+                    out=banks["out"][i],
+                    gain=gains[i],
+                    value=values.get(i),
+                    up=banks["up"][i],
+                    down=banks["down"][i],
+                    attend=attend,
+                    window=window,
+                    exclude=i in c.xsa_layers,
+                    carry=carries[i] if carries else None,
+                )
             )
-            for i in range(self.config.num_layers)
-        ]
+        return layers
+
+    def _mixes(self) -> list[tuple[Tensor | None, Tensor, tuple[int, Tensor] | None]]:
+        """For each layer the coefficients (D,) of the stream that enters it, of the first stream, and of its skip.
+
+        What is one stream gets one coefficient: the first layer reads x0 alone, and the first layer that takes a skip
+        takes it from the layer before.
+        """
+        owns, firsts = self.resid_mix[:, 0], self.resid_mix[:, 1]
+        mixes: list[tuple[Tensor | None, Tensor, tuple[int, Tensor] | None]]
+        mixes = [(own, first, None) for own, first in zip(owns.unbind(0), firsts.unbind(0), strict=True)]
+        mixes[0] = (None, owns[0] + firsts[0], None)
+        half = self.config.num_layers // 2
+        if self.config.num_skips:
+            stream, skipped = self.skip.coefficients()
+            taking = owns[half : half + self.config.num_skips]
+            for index, (own, skip) in enumerate(zip(taking * stream, taking * skipped, strict=True)):
+                if half == 0 or index > 0:
+                    mixes[half + index] = (own, firsts[half + index], (half - 1 - index, skip))
+                else:
+                    mixes[half] = (own + skip, firsts[half], None)
+        return mixes
+
+    def _attention(self, layer: int, cache: Cache | None) -> tuple[Attend, int]:
+        """The backend of a layer and its window; with a cache, over all that the cache holds."""
+        window = self.config.layer_window(layer)
+        attend = self.attend_window if window else self.attend
+        return (attend, window) if cache is None else (_remembering(attend, cache, layer), cache.windows[layer])
+
+    def _leave(self, x: Tensor, backed: Tensor | None, last: int | None, kernels: Kernels) -> Tensor:
+        """The normalised final states."""
+        width = x.shape[-1]
+        if self.config.backout_layer < 0:
+            return kernels.mix_norm((x,), (None,))
+        if backed is None:  # the last layer backs itself out
+            return kernels.mix_norm((x,), ((1 - self.backout).expand(width).contiguous(),))
+        backed = backed if last is None else backed[:, -last:]
+        return kernels.mix_norm((x, backed), (None, (-self.backout).expand(width).contiguous()))
+
+
+def _remembering(attend: Attend, cache: Cache, layer: int) -> Attend:
+    """`attend` over all keys and values that the cache holds, the new ones included."""
+
+    def attend_all(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return attend(q, *cache.layers[layer].append(k, v), window)
+
+    return attend_all
+
+
+def _ignore(name: str, x: Tensor) -> None:
+    """The tap that nobody looks through."""
 
 
 def _orthogonal(rows: int, cols: int, generator: torch.Generator) -> Tensor:

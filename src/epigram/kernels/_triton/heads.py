@@ -5,7 +5,7 @@ of them it finds in their final values, since the rotation keeps lengths and a g
 zero would leave no trace of its head, whose gradient is then zero; no optimizer step lands there.)
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from epigram.kernels._triton.launch import tile
-from epigram.kernels._triton.residual import correction_of, rstd_of, rstd_of_squares
-from epigram.kernels.heads import AttentionSpec, AttentionWeights, HeadCounts, Rotary
+from epigram.kernels._triton.residual import correction_of, rstd_of_squares
+from epigram.kernels.heads import HeadCounts, Rotary
 from epigram.kernels.products.base import Products
 from epigram.kernels.residual import NORM_EPS
+from epigram.kernels.trunk import Layer, Shape
 
 
 @triton.jit
@@ -254,86 +255,77 @@ def _exclude_backward(grad: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     return dz, dv
 
 
-class _AddAttention(torch.autograd.Function):
-    """See `epigram.kernels.heads.add_attention`. Attention keeps a graph of its own, whichever backend it is."""
+class AttentionRecord(NamedTuple):
+    """What the backward pass needs of a layer's attention. inner: q, k, v and z with their own graph."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, qkv: Tensor, out: Tensor, gain: Tensor,
-        extra_weight: Tensor | None, extra: Tensor | None, arguments: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        rstd, spec, last, products, keep = arguments
-        assert last is None or not keep, "the last positions alone are for scoring"
-        (batch, length, width), counts = x.shape, spec.counts
-        flat = x.reshape(-1, width)
-        rstd = rstd_of(flat) if rstd is None else rstd
-        packed = products.scaled(flat, qkv, rstd).view(batch, length, -1)
-        if extra is not None:
-            packed.view(-1, packed.shape[-1])[:, -extra_weight.shape[0] :].addmm_(
-                extra.reshape(-1, extra.shape[-1]), extra_weight.T
-            )
-        rstd_heads = _turn_in_place(packed, counts, spec.rotary, gain)
-        first = 0 if last is None else length - last
-        q, k, v = (part.detach().requires_grad_(keep) for part in counts.split(packed))
-        with torch.set_grad_enabled(keep):
-            z = spec.attend(q[:, first:] if first else q, k, v, spec.window)
-        seen = z.detach().contiguous()
-        seen = (_exclude(seen, _rows_contiguous(v.detach()[:, first:])) if spec.exclude else seen).flatten(-2)
-        old = x if residual is None else residual
-        old = old[:, first:].reshape(-1, width)
-        y, squares = products.added(seen.view(-1, seen.shape[-1]), out, old, True)
-        if keep:
-            ctx.save_for_backward(x, rstd, packed, rstd_heads, seen, qkv, out, gain, extra_weight, extra)
-            ctx.inner, ctx.spec, ctx.products, ctx.same = (q, k, v, z), spec, products, residual is None
-        rstd_y = rstd_of_squares(squares, width)
-        ctx.mark_non_differentiable(rstd_y)
-        ctx.set_materialize_grads(False)
-        return y.view(batch, length - first, width), rstd_y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        x, rstd, packed, rstd_heads, seen, qkv, out, gain, extra_weight, extra = ctx.saved_tensors
-        spec, products, (q, k, v, z) = ctx.spec, ctx.products, ctx.inner
-        ctx.inner = None
-        flat = grad.reshape(-1, grad.shape[-1]).contiguous()
-        dz, more = (flat @ out).view(z.shape), None
-        d_out = flat.T @ seen.view(-1, seen.shape[-1])
-        if spec.exclude:
-            dz, more = _exclude_backward(dz, z.detach().contiguous(), v.detach())
-        dq, dk, dv = (_rows_contiguous(part) for part in torch.autograd.grad(z, (q, k, v), dz))
-        d_packed = torch.empty_like(packed)
-        d_gain = _turn_back((dq, dk), packed, spec.counts, spec.rotary, gain, rstd_heads, rstd, d_packed)
-        flat_extra = None if extra is None else extra.reshape(-1, extra.shape[-1])
-        other = None if flat_extra is None else flat_extra @ extra_weight.T
-        sums, d_other = _value_back(dv, more, packed, other, rstd, d_packed)
-        d_packed, flat_x = d_packed.view(-1, d_packed.shape[-1]), x.reshape(-1, x.shape[-1])
-        # The norms of queries and keys leave nothing of their gradients along themselves: the values alone count.
-        correction = correction_of(sums, rstd, x.shape[-1])
-        carried = flat if ctx.same else torch.zeros_like(flat)
-        dx = products.back(d_packed, qkv, carried, flat_x, correction).view(grad.shape)
-        d_weight = d_extra = None
-        if d_other is not None:
-            d_weight, d_extra = d_other.T @ flat_extra, (d_other @ extra_weight).view(extra.shape)
-        return dx, None if ctx.same else grad, d_packed.T @ flat_x, d_out, d_gain, d_weight, d_extra, None
+    entering: Tensor
+    rstd: Tensor
+    packed: Tensor
+    rstd_heads: Tensor
+    inner: tuple[Tensor, Tensor, Tensor, Tensor]
+    seen: Tensor
 
 
-def add_attention(
-    x: Tensor,
-    residual: Tensor,
-    rstd: Tensor | None,
-    weights: AttentionWeights,
-    extra: Tensor | None,
-    spec: AttentionSpec,
-    last: int | None,
-    products: Products,
-) -> tuple[Tensor, Tensor | None]:
-    """See `epigram.kernels.heads`. Without a gradient `last` may be given."""
-    # Not one tensor as two arguments: the gradient of the sum is part of the one that is returned.
-    tensors = (x, None if residual is x else residual, *weights, extra)
-    # Inside an autograd function it cannot be asked any more whether a gradient is wanted.
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, rstd_y = _AddAttention.apply(*tensors, (rstd, spec, last, products, keep))
-    return y, rstd_y
+def attention_forward(
+    x: Tensor, rstd: Tensor, layer: Layer, value: Tensor | None, shape: Shape, products: Products,
+    batch: int, last: int | None, keep: bool,
+) -> tuple[Tensor, Tensor, AttentionRecord | None]:  # fmt: skip
+    """(y, rstd of y, record): y = x + attention(norm(x)), rows (N, D); see `epigram.kernels.trunk`.
+
+    Attention keeps a graph of its own, whichever backend it is. Without `keep` nothing is recorded; only then may
+    `last` be given.
+    """
+    assert last is None or not keep, "the last positions alone are for scoring"
+    width, counts = x.shape[1], shape.counts
+    rows = products.scaled(x, layer.qkv, rstd)
+    if layer.value is not None and value is not None:
+        rows[:, -layer.value.shape[0] :].addmm_(value, layer.value.T)
+    packed = rows.view(batch, -1, rows.shape[1])
+    rstd_heads = _turn_in_place(packed, counts, shape.rotary, layer.gain)
+    start = 0 if last is None else packed.shape[1] - last
+    q, k, v = (part.detach().requires_grad_(keep) for part in counts.split(packed))
+    with torch.set_grad_enabled(keep):
+        z = layer.attend(q[:, start:] if start else q, k, v, layer.window)
+    seen = z.detach().contiguous()
+    if layer.exclude:
+        seen = _exclude(seen, _rows_contiguous(v.detach()[:, start:]))
+    seen = seen.view(-1, counts.num_heads * counts.head_dim)
+    old = x if last is None else x.view(batch, -1, width)[:, start:].reshape(-1, width)
+    y, squares = products.added(seen, layer.out, old, True)
+    assert squares is not None
+    record = AttentionRecord(x, rstd, packed, rstd_heads, (q, k, v, z), seen) if keep else None
+    return y, rstd_of_squares(squares, width), record
+
+
+class AttentionGradients(NamedTuple):
+    """packed: of the product's result, times rstd, rows; seen: the record's, whose product with grad is that of `out`.
+
+    correction: see `epigram.kernels.products.base`; gain (H,); value: of the layer's own value weights' result, or None.
+    """
+
+    packed: Tensor
+    correction: Tensor
+    gain: Tensor
+    value: Tensor | None
+
+
+def attention_backward(
+    grad: Tensor, record: AttentionRecord, layer: Layer, value: Tensor | None, shape: Shape
+) -> AttentionGradients:
+    """From the gradient of y (rows) back to the product that made the packed heads."""
+    q, k, v, z = record.inner
+    packed, counts = record.packed, shape.counts
+    dz, more = (grad @ layer.out).view(z.shape), None
+    if layer.exclude:
+        dz, more = _exclude_backward(dz, z.detach().contiguous(), v.detach())
+    dq, dk, dv = (_rows_contiguous(part) for part in torch.autograd.grad(z, (q, k, v), dz))
+    out = torch.empty_like(packed)
+    gain = _turn_back((dq, dk), packed, counts, shape.rotary, layer.gain, record.rstd_heads, record.rstd, out)
+    other = value @ layer.value.T if layer.value is not None and value is not None else None
+    sums, d_other = _value_back(dv, more, packed, other, record.rstd, out)
+    # The norms of queries and keys leave nothing of their gradients along themselves: the values alone count.
+    correction = correction_of(sums, record.rstd, record.entering.shape[1])
+    return AttentionGradients(out.view(-1, out.shape[-1]), correction, gain, d_other)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -198,34 +198,109 @@ def _needed(streams: Streams, coefficients: Coefficients) -> list[Tensor | None]
     return [s if c is not None else None for s, c in zip(streams, coefficients, strict=True)]
 
 
-class _Mix(torch.autograd.Function):
-    """See `epigram.kernels.residual.mix`. Arguments: the number of streams, the streams, their coefficients."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *arguments: Any) -> tuple[Tensor, ...]:
-        streams, coefficients = arguments[:count], arguments[count:]
-        x = torch.empty_like(streams[0])
-        rstd = torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
-        _mix_forward(streams, coefficients, x, None, rstd)
-        ctx.save_for_backward(*_needed(streams, coefficients), *coefficients)
-        ctx.mark_non_differentiable(rstd)
-        ctx.set_materialize_grads(False)
-        return x, rstd, *streams
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None, *kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(kept)
-        streams, coefficients = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-        keeps = [None if k is None else k.contiguous() for k in kept]
-        gradients, found = _mix_backward(grad.contiguous(), None, None, streams, coefficients, keeps)
-        return None, *gradients, *found
+def enter_first(x0: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """coefficient * x0 for rows (N, D), and 1 / rms of the result, (N,)."""
+    x = torch.empty_like(x0)
+    rstd = torch.empty(x0.shape[0], dtype=torch.float32, device=x0.device)
+    _mix_forward((x0,), (coefficient,), x, None, rstd)
+    return x, rstd
 
 
-def mix(streams: Streams, coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Streams]:
-    """See `epigram.kernels.residual`; up to three streams."""
-    assert len(streams) <= _MOST_STREAMS
-    x, rstd, *same = _Mix.apply(len(streams), *(s.contiguous() for s in streams), *coefficients)
-    return x, rstd, tuple(same)
+@triton.jit
+def _branch_back_kernel(
+    g0, g1, g2, x, c0, c1, out, sums, num_rows, width, num_tiles,
+    SKIP: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out = c0 * g0 + c1 * g1 + g2; sums of g0 * x and of g1 * x over the rows of each program."""
+    program, step = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, WIDTH)
+    inside = columns < width
+    sum0 = tl.zeros((ROWS, WIDTH), tl.float32)
+    sum1 = tl.zeros((ROWS, WIDTH), tl.float32)
+    w0 = tl.load(c0 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    w1 = _coefficient(c1, columns, inside, SKIP)[None, :]
+    for index in range(program, num_tiles, step):
+        rows = (index * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & inside[None, :]
+        at = rows[:, None] * width + columns[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(g0 + at, mask=mask, other=0.0).to(tl.float32)
+        sum0 += grad * value
+        total = grad * w0
+        if SKIP:
+            grad = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
+            sum1 += grad * value
+            total += grad * w1
+        if KEPT:
+            total += tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    base = sums + program * 2 * width + columns
+    tl.store(base, tl.sum(sum0, 0), mask=inside)
+    tl.store(base + width, tl.sum(sum1, 0), mask=inside)
+
+
+def branch_back(
+    following: Tensor, own: Tensor, skipped: Tensor | None, skip: Tensor | None, kept: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a stream x that goes several ways: own * following + skip * skipped + kept, rows (N, D).
+
+    Also the gradients of own and skip, (2, D).
+    """
+    num_rows, width = x.shape
+    out = torch.empty_like(x)
+    rows, wide = tile(width)
+    num_tiles = triton.cdiv(num_rows, rows)
+    programs = num_programs(x.device, 2, num_tiles)
+    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+    _branch_back_kernel[(programs,)](
+        following, skipped, kept, x, own, skip, out, sums, num_rows, width, num_tiles,
+        SKIP=skipped is not None, KEPT=kept is not None, ROWS=rows, WIDTH=wide, num_warps=4,
+    )  # fmt: skip
+    return out, sums.sum(0)
+
+
+@triton.jit
+def _fan_in_kernel(
+    gradients, coefficients, x0, out, sums, num_rows, width, num_tiles, count,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    program, step = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, WIDTH)
+    inside = columns < width
+    which = tl.arange(0, COUNT)
+    total = tl.zeros((COUNT, WIDTH), tl.float32)
+    for index in range(program, num_tiles, step):
+        rows = (index * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & inside[None, :]
+        at = rows[:, None] * width + columns[None, :]
+        first = tl.load(x0 + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.zeros((ROWS, WIDTH), tl.float32)
+        for i in range(0, count):
+            grad = tl.load(gradients + i * num_rows.to(tl.int64) * width + at, mask=mask, other=0.0).to(tl.float32)
+            x += grad * tl.load(coefficients + i * width + columns, mask=inside, other=0.0)[None, :]
+            # Registers cannot be indexed: the sums of the other layers get zeros.
+            total += tl.where(which[:, None] == i, tl.sum(grad * first, 0)[None, :], 0.0)
+        tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
+    base = sums + program * COUNT * width
+    tl.store(base + which[:, None] * width + columns[None, :], total, mask=inside[None, :] & (which < COUNT)[:, None])
+
+
+def fan_in(gradients: Tensor, coefficients: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x0 (N, D) and of the coefficients (layers, D) with which it enters layers that got `gradients`.
+
+    gradients: (layers, N, D), of what enters each layer.
+    """
+    count, num_rows, width = gradients.shape
+    out = torch.empty_like(x0)
+    rows, wide = tile(width)
+    num_tiles = triton.cdiv(num_rows, rows)
+    programs = num_programs(x0.device, 2, num_tiles)
+    sums = torch.empty(programs, padded(count), width, dtype=torch.float32, device=x0.device)
+    _fan_in_kernel[(programs,)](
+        gradients, coefficients, x0, out, sums, num_rows, width, num_tiles, count,
+        COUNT=padded(count), ROWS=rows, WIDTH=wide, num_warps=8,
+    )  # fmt: skip
+    return out, sums.sum(0)[:count]
 
 
 class _MixNorm(torch.autograd.Function):

@@ -5,12 +5,13 @@ compiled kernels are kept on disk. Comes with the extra `flash4`.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from quack import activation
 from quack.epilogue.frontend import gemm_epilogue
-from quack.epilogue.ops import ColVecLoad, ColVecReduce, TileLoad
+from quack.epilogue.ops import ColVecLoad, ColVecReduce, RowVecLoad, RowVecReduce, TileLoad
 from quack.gemm_config import GemmConfig
 from torch import Tensor
 
@@ -54,6 +55,53 @@ def _added(acc: Any, c: Any) -> dict[str, Any]:
 def _added_squares(acc: Any, c: Any) -> dict[str, Any]:
     x = acc + c
     return {"D": x, "squares": (x, x)}
+
+
+def _row_sums(name: str) -> RowVecReduce:
+    reduce = RowVecReduce(name, scaled=True)
+    reduce.host_finalize = None
+    return reduce
+
+
+_MIXING = {"own": RowVecLoad("own"), "first": RowVecLoad("first"), "y": TileLoad("y")}
+_SKIPPING = {**_MIXING, "skip": RowVecLoad("skip"), "z": TileLoad("z")}
+
+
+@gemm_epilogue(ops=_MIXING, reduces={"squares": _partial_sums("squares")})
+def _mixed(acc: Any, c: Any, own: Any, y: Any, first: Any) -> dict[str, Any]:
+    entering = (acc + c) * own + y * first
+    return {"D": entering, "squares": (entering, entering)}
+
+
+@gemm_epilogue(outputs=("x",), ops=_MIXING, reduces={"squares": _partial_sums("squares")})
+def _mixed_kept(acc: Any, c: Any, own: Any, y: Any, first: Any) -> dict[str, Any]:
+    x = acc + c
+    entering = x * own + y * first
+    return {"D": entering, "x": x, "squares": (entering, entering)}
+
+
+@gemm_epilogue(ops=_SKIPPING, reduces={"squares": _partial_sums("squares")})
+def _mixed_skip(acc: Any, c: Any, own: Any, y: Any, first: Any, z: Any, skip: Any) -> dict[str, Any]:
+    entering = (acc + c) * own + y * first + z * skip
+    return {"D": entering, "squares": (entering, entering)}
+
+
+@gemm_epilogue(outputs=("x",), ops=_SKIPPING, reduces={"squares": _partial_sums("squares")})
+def _mixed_skip_kept(acc: Any, c: Any, own: Any, y: Any, first: Any, z: Any, skip: Any) -> dict[str, Any]:
+    x = acc + c
+    entering = x * own + y * first + z * skip
+    return {"D": entering, "x": x, "squares": (entering, entering)}
+
+
+_MIXED = {(False, False): _mixed, (False, True): _mixed_kept, (True, False): _mixed_skip, (True, True): _mixed_skip_kept}
+
+
+@gemm_epilogue(
+    ops={"correction": ColVecLoad("correction"), "y": TileLoad("y"), "own": RowVecLoad("own")},
+    reduces={"sums": _row_sums("sums")},
+)
+def _back_own(acc: Any, c: Any, y: Any, correction: Any, own: Any) -> dict[str, Any]:
+    return {"D": acc + c * own + y * correction, "sums": (c, y)}
 
 
 @gemm_epilogue(ops={"correction": ColVecLoad("correction"), "y": TileLoad("y")})
@@ -122,10 +170,28 @@ def down_back(grad: Tensor, weight: Tensor, p: Tensor, rstd: Tensor, slope: floa
     return found["D"], _parts(found["sums"])
 
 
-def back(a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor) -> Tensor:
-    """See the folder's base."""
-    result: Tensor = _back(a, weight, c, config=_NARROW, tuned=False, y=y, correction=correction[None])["D"]
-    return result
+def back(
+    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None,
+    to: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """See the folder's base; the result goes into `to` if that is given."""
+    out = None if to is None else {"D": to}
+    arguments = {"config": _NARROW, "tuned": False, "out": out, "y": y, "correction": correction[None]}
+    if own is None:
+        return _back(a, weight, c, **arguments)["D"], None
+    found = _back_own(a, weight, c, own=own[None], **arguments)
+    return found["D"], found["sums"].reshape(-1, c.shape[1]).sum(0)
+
+
+def mixed(
+    a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See the folder's base; x is None without `keep`."""
+    operands = {"own": own[None], "first": streams[0][0][None], "y": streams[0][1]}
+    if len(streams) > 1:
+        operands |= {"skip": streams[1][0][None], "z": streams[1][1]}
+    found = _MIXED[len(streams) > 1, keep](a, weight.T, c, config=_NARROW, tuned=False, **operands)
+    return found["D"], found["x"] if keep else None, _parts(found["squares"])
 
 
 def _parts(partials: Tensor) -> Tensor:
