@@ -1,5 +1,6 @@
 """Tests run on one thread each: several run at a time, and small tensors gain nothing from more."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# Without a GPU fused kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -89,10 +89,11 @@ class LaneGradients:
         self._norms: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, lane: int) -> None:
+    def add(self, lane: int, *, lent: bool = False) -> None:
         """Take the gradient that lane `lane`'s backward pass left in `.grad`, which is then empty again.
 
-        The first lane's tensors become the sum, so a single lane copies nothing.
+        The first lane's tensors become the sum, so a single lane copies nothing. lent: the tensors will be overwritten
+        by the next lane's backward pass; then the sum gets tensors of its own.
         """
         assert lane not in self._lanes, f"lane {lane} was added twice"
         missing = [name for name, p in self._named.items() if p.grad is None]
@@ -107,6 +108,8 @@ class LaneGradients:
             weight = 1.0
         if self._sum:
             torch._foreach_add_(self._sum, gradients, alpha=weight)
+        elif lent:
+            self._sum = list(torch._foreach_mul(gradients, weight))
         else:
             self._sum = gradients
             if weight != 1.0:

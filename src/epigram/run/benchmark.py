@@ -16,7 +16,7 @@ from epigram.run.bench._profile import NUMBERS, TABLE, prepare_folder
 from epigram.run.bench._tables import print_breakdown, print_result
 from epigram.run.bench.base import PACKAGE, Bench, Options, fill_zeros
 from epigram.run.machine import environment
-from epigram.run.setup import build_engine, should_compile
+from epigram.run.setup import build_engine
 
 _RECIPES = {"cuda": "h100", "cpu": "smoke", "mps": "smoke"}
 """Without a word of the user: what is meant for the device, and where none is, what takes seconds."""
@@ -52,7 +52,7 @@ def benchmark(
         with Progress(f"bench {name}", unit="timings") as bar:
             bench = Bench(
                 engine=engine,
-                compiled=should_compile(config.run.compile, context),
+                compiled=engine.compiled,
                 repeats=repeats or module.REPEATS,
                 options=options,
                 advance=bar.advance,

@@ -22,7 +22,7 @@ from epigram.run.export import over_budget, quantize
 from epigram.run.machine import environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
-from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, should_compile, token_loss
+from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, token_loss
 from epigram.run.size import forecast_bytes
 from epigram.run.summary import compressor_rows, log_summary
 from epigram.run.train import figures, save_checkpoint, train
@@ -85,8 +85,7 @@ def export_job(
         check_fit(config, data)
         if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
             raise UserError(f"{data.path} has another tokenizer than {run} was trained with: name the data of the run")
-        compiled = should_compile(config.run.compile, context)
-        model, paths = build_model(config, context, compiled)
+        model, compiled, paths = build_model(config, context)
         restore(model.state_dict(), final_weights(saved), "this model")
         with _record(out or _next_export(run, context), config, context) as record:
             record.environment(environment(paths))

@@ -21,12 +21,16 @@ from epigram.dist import collectives
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.scorer import TokenLoss
+from epigram.kernels.base import PLAIN
+from epigram.kernels.base import choose as choose_kernels
+from epigram.kernels.products.base import Dims
 from epigram.model.gpt import GPT, BankTransform
 from epigram.optim.average import Average, average_of
 from epigram.optim.gradients import LaneGradients, lane_weights
 from epigram.optim.optimizer import Optimizer
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
+from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 
 CACHE = Path(".cache/epigram/data")
 """Where text given as --data is built, below the current folder."""
@@ -42,7 +46,8 @@ class Engine:
 
     lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. nll: the (compiled) loss of
     scoring. quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
-    a choice, for the log.
+    a choice, for the log. compiled: whether torch.compile is used. capture: records lanes in the warm-up, None where
+    they are launched kernel by kernel. graphs: what it has recorded.
     """
 
     config: Config
@@ -56,6 +61,14 @@ class Engine:
     nll: TokenLoss
     quantized: BankTransform
     paths: dict[str, str]
+    compiled: bool
+    capture: Capture | None = None
+    graphs: dict[Key, LaneGraph] = field(default_factory=dict)
+
+    @property
+    def lends_gradients(self) -> bool:
+        """Whether a lane's gradients are overwritten by the next lane of the step."""
+        return bool(self.graphs) and len(self.lanes) > 1
 
     def reduce(self) -> Callable[[list[Tensor]], None] | None:
         """How gradients are summed over processes; None when there is nothing to communicate."""
@@ -98,8 +111,10 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
 
 def build_engine(config: Config, context: Context) -> Engine:
     """A session's parts that need no data. Raises UserError when recipe and machine do not fit."""
-    compiled = should_compile(config.run.compile, context)
-    model, paths = build_model(config, context, compiled)
+    model, compiled, paths = build_model(config, context)
+    capture = CudaCapture(context.device) if should_capture(config.run.cuda_graphs, model, context) else None
+    if capture is not None:
+        paths["CUDA graphs"] = "on"
     model.initialize(config.seed)
     named, roles = dict(model.named_parameters()), model.roles()
     lanes = lanes_of_rank(config.flat_lanes, context.rank, context.world_size)
@@ -121,17 +136,50 @@ def build_engine(config: Config, context: Context) -> Engine:
         nll=token_loss(model, compiled),
         quantized=bank_transform(model, config),
         paths=paths,
+        compiled=compiled,
+        capture=capture,
     )
 
 
-def build_model(config: Config, context: Context, compiled: bool) -> tuple[GPT, dict[str, str]]:
-    """The model on its device with precision and attention chosen, weights not yet set; and the choices, in words."""
+def build_model(config: Config, context: Context) -> tuple[GPT, bool, dict[str, str]]:
+    """The model on its device, weights not yet set; whether it is to be compiled; and what was chosen, in words.
+
+    Precision, kernels and attention are set. Raises UserError when a choice cannot be honoured here.
+    """
     if context.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
-    paths["compile"] = "on" if compiled else "off"
-    return model, paths | attach_attention(model, config.run.attention, context, compiled)
+    compiled, chosen = attach_kernels(model, config.run.kernels, config.run.compile, context)
+    return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled)
+
+
+def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) -> tuple[bool, dict[str, str]]:
+    """Give the model its kernels; returns whether it is to be compiled, and both choices in words.
+
+    kernels, compile_: as in `RunConfig`. The model's precision must be set.
+    """
+    c = model.config
+    widths = (c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim)
+    dims = Dims(widths=widths, dtype=model.compute_dtype, carries=c.residual_lambdas)
+    name = "plain" if compile_ == "on" else kernels
+    model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
+    if model.kernels is not PLAIN:
+        return False, {"kernels": model.kernels.name, "compile": "off: the kernels are fused by hand"}
+    compiled = should_compile(compile_, context)
+    return compiled, {"kernels": model.kernels.name, "compile": "on" if compiled else "off"}
+
+
+def should_capture(setting: str, model: GPT, context: Context) -> bool:
+    """Whether lanes are recorded as CUDA graphs. Raises UserError when that is asked for in vain."""
+    reason = None
+    if context.device.type != "cuda":
+        reason = "CUDA graphs are for CUDA devices"
+    elif model.kernels is PLAIN:
+        reason = "it goes with fused kernels, and this run has plain ones"
+    if setting == "on" and reason:
+        raise UserError(f'run.cuda_graphs = "on" cannot be used here: {reason}; set run.cuda_graphs=auto')
+    return setting != "off" and reason is None
 
 
 def token_loss(model: GPT, compiled: bool) -> TokenLoss:

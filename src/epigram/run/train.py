@@ -17,6 +17,7 @@ from epigram.optim import schedule
 from epigram.optim.base import restore
 from epigram.run import checkpoint
 from epigram.run.budget import WallClock, not_counted, write_clock
+from epigram.run.graphs import Key
 from epigram.run.record import RunRecord
 from epigram.run.setup import Engine, Session, state_of
 
@@ -106,7 +107,7 @@ def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> T
     for lane, batch in zip(engine.lanes, batches, strict=True):
         losses.append(lane_step(engine, batch, gamma, transform))
         with record_function(UPDATE):
-            engine.gradients.add(lane)
+            engine.gradients.add(lane, lent=engine.lends_gradients)
     with record_function(UPDATE):
         norms = engine.gradients.finish(engine.reduce())
         engine.optimizer.step(plan.lr_multiplier, plan.momentum)
@@ -118,8 +119,18 @@ def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> T
 
 
 def lane_step(engine: Engine, batch: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:
-    """Forward and backward of a lane: its gradients go to `.grad`, its loss is returned, 0-dim."""
-    tokens = batch.to(engine.context.device, non_blocking=True)
+    """Forward and backward of a lane: its gradients go to `.grad`, its loss is returned, 0-dim.
+
+    A lane of this shape and phase that is recorded is replayed; see `epigram.run.graphs`.
+    """
+    graph = engine.graphs.get(Key(tuple(batch.shape), transform is not None))
+    if graph is not None:
+        return graph(batch, gamma)
+    return forward_backward(engine, batch.to(engine.context.device, non_blocking=True), gamma, transform)
+
+
+def forward_backward(engine: Engine, tokens: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:
+    """`lane_step` on tokens on the device, launched kernel by kernel."""
     loss = engine.lane_loss(tokens[:, :-1], tokens[:, 1:], gamma, engine.config.loss.mile_floor, transform)
     loss.backward()
     return loss.detach()
