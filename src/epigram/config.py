@@ -19,6 +19,7 @@ from cattrs.v import format_exception
 from epigram.data.lanes import Lane
 from epigram.errors import UserError
 from epigram.evaluation.windows import EvalConfig
+from epigram.kernels.base import CHOICES as KERNELS
 from epigram.model.config import ModelConfig
 from epigram.optim.average import AverageConfig
 from epigram.optim.gradients import GradientConfig
@@ -136,7 +137,10 @@ class RunConfig:
     """What a run does besides computing.
 
     precision: "auto" (bfloat16 where the device has fast products in it, else float32), "bfloat16" or "float32".
-    attention: a backend of `epigram.attention`, or "auto". compile: "auto" (when a compiler is there), "on", "off".
+    attention: a backend of `epigram.attention`, or "auto". kernels: "fused" (those of `epigram.kernels._triton`),
+    "plain" (torch code, which torch.compile can fuse), or "auto": fused where they can serve, unless compile is "on".
+    compile: torch.compile for the plain kernels, "auto" (when a compiler is there), "on", "off"; fused ones are never
+    compiled. cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
     checkpoints (0: only at the end) and how many stay (0: all).
@@ -145,7 +149,9 @@ class RunConfig:
 
     precision: str = "auto"
     attention: str = "auto"
+    kernels: str = "auto"
     compile: str = "auto"
+    cuda_graphs: str = "auto"
     log_every: int = 100
     val_every: int = 0
     val_tokens: int = 1_000_000
@@ -157,7 +163,12 @@ class RunConfig:
     compressors: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"precision": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off")}
+        choices = {
+            "precision": ("auto", "bfloat16", "float32"),
+            "kernels": KERNELS,
+            "compile": ("auto", "on", "off"),
+            "cuda_graphs": ("auto", "on", "off"),
+        }
         problems = [
             f"{name} = {getattr(self, name)!r} must be one of {', '.join(allowed)}"
             for name, allowed in choices.items()
@@ -168,6 +179,11 @@ class RunConfig:
             for name in ("log_every", "val_every", "checkpoint_every_s", "checkpoint_keep", "sample_tokens")
             if getattr(self, name) < 0
         ]
+        if self.kernels == "fused" and self.compile == "on":
+            problems.append(
+                'kernels = "fused" leaves nothing to compile: with compile = "on" choose kernels = "plain", or set '
+                'compile = "auto"'
+            )
         if self.val_tokens < 1:
             problems.append(f"val_tokens = {self.val_tokens} must be at least 1")
         if problems:

@@ -1,6 +1,7 @@
 """Progress for anything that takes longer than two seconds: a bar on a terminal, a plain line elsewhere."""
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,9 @@ class Progress:
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
+        self._part = ""
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -28,10 +32,37 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._forget_part()
         if self._bar is not None:
             self._bar.stop()
         elif self._last_line_s != self._start_s and kind is None:
             self._line()
+
+    def begin(self, part: str) -> None:
+        """`part` of the work starts, to be named at once, or when the work turns out to take long."""
+        self._forget_part()
+        self._part = part
+        wait_s = _QUIET_S - (time.monotonic() - self._start_s)
+        if wait_s <= 0:
+            self._name_part()
+            return
+        self._timer = threading.Timer(wait_s, self._name_part)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _forget_part(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()  # if it has begun to write, let it end
+            self._timer = None
+
+    def _name_part(self) -> None:
+        if sys.stderr.isatty():
+            self._show_bar()
+            return
+        self._last_line_s = time.monotonic()
+        place = f" ({self.done + 1:,.0f} of {self.total:,.0f})" if self.total else ""
+        print(f"{self.description}{place}: {self._part}", file=sys.stderr, flush=True)
 
     def advance(self, amount: float = 1) -> None:
         """`amount` more is done."""
@@ -50,6 +81,10 @@ class Progress:
             self._line()
 
     def _show_bar(self) -> None:
+        with self._lock:  # a part may be named by its timer
+            self._update_bar()
+
+    def _update_bar(self) -> None:
         if self._bar is None:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -64,7 +99,8 @@ class Progress:
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(self.description, total=self.total)
             self._bar.start()
-        self._bar.update(self._task, completed=self.done)
+        words = f"{self.description}: {self._part}" if self._part else self.description
+        self._bar.update(self._task, completed=self.done, description=words)
 
     def _line(self) -> None:
         elapsed_s = time.monotonic() - self._start_s

@@ -33,12 +33,14 @@ class DecayedContext:
         self.embed, self.head = draw.normal(size=(VOCAB, WIDTH)), draw.normal(size=(WIDTH, VOCAB))
         self.shapes = set()
 
-    def __call__(self, inputs, targets, *, rope_len):
-        self.shapes.add(tuple(inputs.shape))
+    def __call__(self, inputs, targets, *, rope_len, last):
+        self.shapes.add((*inputs.shape, last))
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.is_contiguous()
         steps = torch.arange(inputs.shape[1], dtype=torch.float64)
         weight = torch.exp(-(steps[:, None] - steps[None, :]) / rope_len).tril()
+        if last is not None:  # the others are not computed
+            weight, targets = weight[-last:], targets[:, -last:]
         state = (weight @ torch.from_numpy(self.embed)[inputs]) / weight.sum(1, keepdim=True)
         logits = torch.log_softmax(state @ torch.from_numpy(self.head), dim=-1)
         return -logits.gather(-1, targets[..., None])[..., 0].float()
@@ -51,6 +53,14 @@ class DecayedContext:
             state, total = state + weight * self.embed[token], total + weight
         logits = (state / total) @ self.head
         return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[target])
+
+
+class Dense(DecayedContext):
+    """The same model, computing every position whatever is asked for."""
+
+    def __call__(self, inputs, targets, *, rope_len, last):
+        losses = super().__call__(inputs, targets, rope_len=rope_len, last=None)
+        return losses if last is None else losses[:, -last:]
 
 
 def loop(model, tokens, method):
@@ -83,8 +93,9 @@ def run(model, tokens, tables, method, batch_tokens=100, **options):
 
 @pytest.mark.parametrize("method", [BLOCKS, SLIDING], ids=lambda m: m.name)
 @pytest.mark.parametrize("num_tokens", [2, 10, 24, 25, 26, 49, 97, 170, NUM_TOKENS])
-def test_scores_equal_a_loop_over_tokens(tables, method, num_tokens):
-    model, tokens = DecayedContext(), stream(num_tokens)
+@pytest.mark.parametrize("kind", [DecayedContext, Dense])
+def test_scores_equal_a_loop_over_tokens(tables, method, num_tokens, kind):
+    model, tokens = kind(), stream(num_tokens)
     expected = loop(model, tokens, method)
     found = scorer.token_nlls(model, tokens, method, device=CPU, batch_tokens=100)
     np.testing.assert_allclose(found, expected, rtol=ROUNDING)
@@ -131,32 +142,57 @@ def test_ranks_agree_through_reduce(tables):
 @pytest.mark.parametrize("method", [BLOCKS, SLIDING], ids=lambda m: m.name)
 @pytest.mark.parametrize("batch_tokens", [24, 77, 120, 10_000])
 def test_a_compiled_model_sees_one_shape(tables, method, batch_tokens):
+    """And beside it the first window of a sliding evaluation, alone, of which all is scored."""
     shapes = set()
     for rank in range(3):
         model = DecayedContext()
         run(model, stream(), tables, method, batch_tokens, rank=rank, world_size=3)
         shapes |= model.shapes
+    if method is SLIDING:
+        shapes.remove((1, 24, None))
+        assert {last for *_, last in shapes} == {SLIDING.stride}
     assert len(shapes) == 1
 
 
-def test_positions_that_do_not_count_cannot_matter(tables):
-    """Losses outside the plan are poisoned: rows that fill up a batch, and context before the scored part."""
-    tokens, model = stream(), DecayedContext()
-    expected = run(model, tokens, tables, SLIDING)
-    plan = plan_windows(len(tokens) - 1, SLIDING.seq_len, SLIDING.stride)
-    seen = 0
+def test_only_what_is_scored_is_asked_for(tables):
+    """And what is scored is asked for once: positions of all calls add up to the targets and the filling."""
+    asked = 0
 
-    def poisoned(inputs, targets, *, rope_len):
-        nonlocal seen
-        losses = model(inputs, targets, rope_len=rope_len)
-        for row in range(len(inputs)):
-            first = plan.first_scored[seen] - plan.start[seen] if seen < len(plan) else rope_len
-            losses[row, :first] = float("nan") if seen % 2 else float("inf")
-            seen += 1
+    def counting(inputs, targets, *, rope_len, last):
+        nonlocal asked
+        losses = model(inputs, targets, rope_len=rope_len, last=last)
+        asked += losses.numel()
         return losses
 
-    assert run(poisoned, tokens, tables, SLIDING) == expected
+    model, tokens = DecayedContext(), stream()
+    plan = plan_windows(len(tokens) - 1, SLIDING.seq_len, SLIDING.stride)
+    size = 100 // SLIDING.seq_len
+    run(counting, tokens, tables, SLIDING)
+    filled = -(-(len(plan) - 1) // size) * size
+    assert asked == SLIDING.seq_len + filled * SLIDING.stride
+
+
+@pytest.mark.parametrize(("method", "batch_tokens"), [(BLOCKS, 60), (SLIDING, 100)], ids=["blocks", "sliding"])
+def test_positions_that_do_not_count_cannot_matter(tables, method, batch_tokens):
+    """Losses outside the plan are poisoned: rows that fill up a batch, and context before the scored part."""
+    tokens, model = stream(NUM_TOKENS + 4), DecayedContext()
+    expected = run(model, tokens, tables, method, batch_tokens)
+    plan = plan_windows(len(tokens) - 1, method.seq_len, method.stride)
+    seen = poisons = 0
+
+    def poisoned(inputs, targets, *, rope_len, last):
+        nonlocal seen, poisons
+        losses = model(inputs, targets, rope_len=rope_len, last=last)
+        for row in range(len(inputs)):
+            counts = plan.num_scored_of(seen) if seen < len(plan) else 0
+            first = losses.shape[1] - counts
+            losses[row, :first] = float("nan") if seen % 2 else float("inf")
+            seen, poisons = seen + 1, poisons + first
+        return losses
+
+    assert run(poisoned, tokens, tables, method, batch_tokens) == expected
     assert seen > len(plan), "the sizes of this test should leave a batch to fill up"
+    assert poisons > (seen - len(plan)) * min(method.stride, method.seq_len), "and a window that scores less"
 
 
 def test_a_later_token_changes_no_earlier_loss():
@@ -176,7 +212,8 @@ def test_sums_do_not_drift(tables):
     method = Method(name="blocks", seq_len=1000, stride=1000)
     tenth = torch.tensor(0.1, dtype=torch.float32)
 
-    def constant(inputs, targets, *, rope_len):
+    def constant(inputs, targets, *, rope_len, last):
+        assert last is None, "blocks score all"
         return tenth.expand(inputs.shape)
 
     total = run(constant, tokens, tables, method, batch_tokens=100_000)
@@ -190,7 +227,7 @@ def test_wrong_denominator_is_refused_before_scoring(tables):
     tokens = stream()
     right = bpb.count_bytes(tokens, tables)
 
-    def never(inputs, targets, *, rope_len):
+    def never(inputs, targets, *, rope_len, last):
         raise AssertionError("scored although the bytes do not match")
 
     with pytest.raises(DataError, match="manifest"):
@@ -200,7 +237,7 @@ def test_wrong_denominator_is_refused_before_scoring(tables):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_model_has_no_score(tables, bad):
-    def broken(inputs, targets, *, rope_len):
+    def broken(inputs, targets, *, rope_len, last):
         losses = torch.ones(inputs.shape)
         losses[0, 3] = bad
         return losses
@@ -221,15 +258,16 @@ def test_nothing_waits_for_the_device():
     device, tokens = torch.device("cuda"), stream()
     table = torch.rand(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
 
-    def bigram(inputs, targets, *, rope_len):
-        return table.to(inputs.device, non_blocking=True)[inputs, targets]
+    def bigram(inputs, targets, *, rope_len, last):
+        losses = table.to(inputs.device, non_blocking=True)[inputs, targets]
+        return losses if last is None else losses[:, -last:]
 
     plan = plan_windows(len(tokens) - 1, SLIDING.seq_len, SLIDING.stride)
     expected = scorer.token_nlls(bigram, tokens, SLIDING, device=CPU, batch_tokens=100).sum(dtype=np.float64)
     table = table.to(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batches = scorer._batches(tokens, plan, 4, device)
+        batches = scorer._batches(tokens, plan, 4, SLIDING, device)
         nats, counted = scorer._sum_losses(bigram, batches, SLIDING, device, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")

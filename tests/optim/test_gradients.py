@@ -195,6 +195,26 @@ def test_collector_starts_afresh_each_step(toy: Toy, lanes) -> None:
     _assert_close(_gradients(toy), gradients)
 
 
+@pytest.mark.parametrize("clip", ["lane", "global", "none"])
+def test_lent_gradients_are_not_kept(toy: Toy, lanes, clip: str) -> None:
+    """Every lane's gradient lies in the same tensors, as those of CUDA graphs that share their memory."""
+    collector = _collector(toy, clip)
+    expected = _run(toy, lanes, [0, 1, 2, 3], collector)
+    gradients = _gradients(toy)
+    toy.zero_grad()
+    places = {name: torch.empty_like(p) for name, p in toy.named_parameters()}
+    for index, lane in enumerate(lanes):
+        _backward(toy, lane)
+        for name, parameter in toy.named_parameters():
+            parameter.grad = places[name].copy_(parameter.grad)
+        collector.add(index, lent=True)
+        for place in places.values():
+            place.fill_(math.nan)
+    found = collector.finish()
+    assert torch.equal(found.norms, expected.norms)
+    _assert_close(_gradients(toy), gradients)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("clip", ["lane", "global", "none"])
 def test_finite_flag(toy: Toy, lanes, clip: str, value: float) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor
 from epigram.artifact import tensors as artifact
 from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
+from epigram.dist.context import Context
 from epigram.optim.optimizer import Optimizer
 from epigram.quantized import QuantizedTensor
 from epigram.run import budget, train
 from epigram.run.record import RunRecord
 from epigram.run.report.build import build
-from epigram.run.setup import Session
-from epigram.run.train import DivergedError, plan_step, train_step
+from epigram.run.setup import Session, build_engine
+from epigram.run.train import DivergedError, compute_step, plan_step, train_step
 
 ROUNDING = 1e-4
 """Adam divides by the size of a gradient, so that one near zero turns rounding into up to half a percent of a step."""
@@ -79,6 +80,19 @@ def test_a_step_is_what_one_would_write_by_hand(data: DataFolder, clip: str):
         torch.testing.assert_close(session.average.state_dict()[f"average.{name}"], mean, rtol=1e-4, atol=ROUNDING)
     for used in (session.loader, twin.loader, windows):
         used.close()
+
+
+def test_what_computes_a_step_needs_no_data(data: DataFolder):
+    """On the windows that a session's loader hands out, an engine by itself takes the session's steps."""
+    session, windows = make_session(data), make_session(data).loader
+    engine = build_engine(session.config, Context())
+    for _ in range(2):
+        plan = plan_step(session, 0.0)
+        assert torch.equal(train_step(session, plan), compute_step(engine, windows.next_step(), plan))
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, session.model.get_parameter(name)), name
+    for loader in (session.loader, windows):
+        loader.close()
 
 
 def test_the_plan_is_a_function_of_step_and_clock(session: Session):

@@ -31,6 +31,8 @@ class Context:
         """Wait until the device has done all that it was asked, so that a host clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     @property
     def capability(self) -> tuple[int, int] | None:

@@ -1,9 +1,13 @@
 """Scores a stream of tokens: runs the planned windows through a model and adds up what it lost.
 
-The model is any callable `nll(inputs, targets, rope_len=...)`: int64 (B, T) and (B, T) in, float32 (B, T)
-negative log-likelihoods in nats out, each position computed from the inputs up to it in its own row.
-`rope_len` is the method's seq_len: rotary frequencies depend on the length of the window, and a stream
-shorter than one window must be turned the same way as a full window.
+The model is any callable `nll(inputs, targets, rope_len=..., last=...)`: int64 (B, T) and (B, T) in, float32
+negative log-likelihoods in nats out, each position computed from the inputs up to it in its own row: those of
+all positions, (B, T), or with `last` = n of the last ones only, (B, n), so that the model may leave out what
+these do not need. `rope_len` is the method's seq_len: rotary frequencies depend on the length of the window, and
+a stream shorter than one window must be turned the same way as a full window.
+
+In a sliding evaluation every window but the first scores at most `stride` targets, those at its end. So the
+first window goes alone, and all others ask for their last `stride` losses.
 
 Legend: B windows in a batch, T tokens in a window.
 """
@@ -27,7 +31,7 @@ from epigram.progress import Progress
 class TokenLoss(Protocol):
     """The model as the scorer sees it; see the module's text."""
 
-    def __call__(self, inputs: Tensor, targets: Tensor, /, *, rope_len: int) -> Tensor: ...
+    def __call__(self, inputs: Tensor, targets: Tensor, /, *, rope_len: int, last: int | None) -> Tensor: ...
 
 
 Reduce = Callable[[Tensor], Tensor]  # adds a float64 tensor up over the ranks
@@ -35,10 +39,13 @@ Reduce = Callable[[Tensor], Tensor]  # adds a float64 tensor up over the ranks
 
 @dataclass(frozen=True)
 class _Batch:
-    """inputs, targets: (B, T) int64 on the device. scored: (B, T) bool, the positions that count."""
+    """inputs, targets: (B, T) int64 on the device. last: only the losses at so many positions at the end are
+    wanted; None for all. scored: (B, last) or (B, T) bool, those of them that count.
+    """
 
     inputs: Tensor
     targets: Tensor
+    last: int | None
     scored: Tensor
     num_scored: int
 
@@ -73,7 +80,7 @@ def score(
     size = batch_size(len(plan), plan.length, world_size, batch_tokens)
     with torch.no_grad(), Progress(f"score {method.name}", share.num_scored, "tokens") as bar:
         advance = bar.advance if progress else None
-        nats, counted = _sum_losses(nll, _batches(tokens, share, size, device), method, device, advance)
+        nats, counted = _sum_losses(nll, _batches(tokens, share, size, method, device), method, device, advance)
     num_bytes = torch.tensor(count_bytes(tokens, tables, *share.scored), device=nats.device)
     sums = torch.stack([nats, counted.double(), num_bytes.double()])
     result = _as_score(reduce(sums) if reduce else sums)
@@ -96,7 +103,7 @@ def token_nlls(
     size = batch_size(len(plan), plan.length, 1, batch_tokens)
     found = []
     with torch.no_grad():
-        for batch in _batches(tokens, plan, size, device):
+        for batch in _batches(tokens, plan, size, method, device):
             losses = _losses(nll, batch, method)
             # Windows follow each other in the order of their targets, and so do the selected positions.
             found.append(losses[batch.scored].cpu().numpy())
@@ -125,28 +132,43 @@ def _sum_losses(
 
 
 def _losses(nll: TokenLoss, batch: _Batch, method: Method) -> Tensor:
-    losses = nll(batch.inputs, batch.targets, rope_len=method.seq_len)
-    assert losses.shape == batch.targets.shape, f"one loss a target, not {tuple(losses.shape)}"
+    losses = nll(batch.inputs, batch.targets, rope_len=method.seq_len, last=batch.last)
+    assert losses.shape == batch.scored.shape, f"one loss a target that is asked for, not {tuple(losses.shape)}"
     assert losses.dtype == torch.float32, f"losses in float32, not {losses.dtype}"
     return losses
 
 
-def _batches(tokens: NDArray[np.uint16], plan: WindowPlan, size: int, device: torch.device) -> Iterator[_Batch]:
+def _batches(
+    tokens: NDArray[np.uint16], plan: WindowPlan, size: int, method: Method, device: torch.device
+) -> Iterator[_Batch]:
     """The windows of `plan`, `size` at a time, on the device; copies do not wait for the device.
 
     The last batch is filled up with repetitions of its last window of which nothing counts, so that all have
-    one shape.
+    one shape; a window that scores more than the stride goes alone.
     """
-    steps = np.arange(plan.length + 1)
-    positions = torch.arange(plan.length, device=device)
-    for part in batches(plan, size):
-        rows = np.minimum(np.arange(size), len(part) - 1)
-        skipped = (part.first_scored - part.start)[rows]
-        skipped[len(part) :] = plan.length
-        window = _to_device(tokens[part.start[rows][:, None] + steps].astype(np.int64), device)
-        scored = positions >= _to_device(skipped, device)[:, None]
-        inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-        yield _Batch(inputs, targets, scored, part.num_scored)
+    if method.stride >= plan.length:
+        for part in batches(plan, size):
+            yield _batch(tokens, part, size, None, device)
+        return
+    num_alone = int(len(plan) > 0 and plan.num_scored_of(0) > method.stride)
+    if num_alone:
+        yield _batch(tokens, plan[:1], 1, None, device)
+    for part in batches(plan[num_alone:], size):
+        yield _batch(tokens, part, size, method.stride, device)
+
+
+def _batch(tokens: NDArray[np.uint16], part: WindowPlan, size: int, last: int | None, device: torch.device) -> _Batch:
+    """The windows of `part`, filled up to `size`."""
+    length = part.length
+    rows = np.minimum(np.arange(size), len(part) - 1)
+    skipped = (part.first_scored - part.start)[rows]
+    skipped[len(part) :] = length
+    wanted = torch.arange(0 if last is None else length - last, length, device=device)
+    assert int(skipped.min()) >= (0 if last is None else length - last), "a target that counts is not asked for"
+    window = _to_device(tokens[part.start[rows][:, None] + np.arange(length + 1)].astype(np.int64), device)
+    scored = wanted >= _to_device(skipped, device)[:, None]
+    inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+    return _Batch(inputs, targets, last, scored, part.num_scored)
 
 
 def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -132,6 +132,10 @@ class WindowPlan:
         first, end = self.scored
         return end - first
 
+    def num_scored_of(self, window: int) -> int:
+        """How many targets window number `window` scores."""
+        return int(self.end[window] - self.first_scored[window])
+
     def __getitem__(self, part: slice) -> "WindowPlan":
         return WindowPlan(self.start[part], self.first_scored[part], self.end[part])
 

@@ -4,7 +4,7 @@ Calibration and quantization belong to the training budget; packing and scoring 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from epigram.quant.report import QuantReport
 from epigram.run.api import silent_ids
 from epigram.run.setup import attention_for_eager
 
-_BATCH_TOKENS = 65_536  # of a calibration forward
+BATCH_TOKENS = 65_536  # of a calibration forward
 _SELF_BATCH = 64  # sequences that the model writes at once
 
 
@@ -50,17 +50,7 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
     source = CalibrationSource(kind="none")
     named, roles = {name: p.detach() for name, p in model.named_parameters()}, model.roles()
     if config.quant.needs_hessians:
-        taps = calibration_taps(plan(named, roles, config.quant.grid), tables=config.quant.table_method == "gptq")
-        collector = HessianCollector(context.device, taps)
-        with (
-            torch.no_grad(),
-            attention_for_eager(model, context),
-            Progress("calibrate", config.quant.calibration.num_windows, "windows") as bar,
-        ):
-            for windows in calibration_batches(model, config, data, context):
-                model(windows.to(context.device), tap=collector.tap)
-                bar.advance(len(windows) * context.world_size)
-        hessians = collector.finish(partial(collectives.summed, context) if context.world_size > 1 else None)
+        hessians = calibrate(model, config, calibration_batches(model, config, data, context), context)
         source = config.quant.calibration.provenance()
     context.synchronize()
     calibrated_s = time.perf_counter()
@@ -68,6 +58,22 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
         stored, report = quantize_model(named, roles, hessians, config.quant, bar.advance)
     context.synchronize()
     return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s)
+
+
+def calibrate(model: GPT, config: Config, batches: Iterable[Tensor], context: Context) -> dict[str, Tensor]:
+    """Hessians by tap over all ranks' `batches`; this rank's share of the windows is (B, seq_len) int64 a batch."""
+    parts = plan(dict(model.named_parameters()), model.roles(), config.quant.grid)
+    taps = calibration_taps(parts, tables=config.quant.table_method == "gptq")
+    collector = HessianCollector(context.device, taps)
+    with (
+        torch.no_grad(),
+        attention_for_eager(model, context),
+        Progress("calibrate", config.quant.calibration.num_windows, "windows") as bar,
+    ):
+        for windows in batches:
+            model(windows.to(context.device), tap=collector.tap)
+            bar.advance(len(windows) * context.world_size)
+    return collector.finish(partial(collectives.summed, context) if context.world_size > 1 else None)
 
 
 def calibration_batches(model: GPT, config: Config, data: DataFolder, context: Context) -> Iterator[Tensor]:
@@ -90,7 +96,7 @@ def _training_windows(model: GPT, data: DataFolder, settings: CalibrationConfig,
     chosen = random.choice(len(shards), size=num_windows, p=rooms / rooms.sum())
     starts = (random.random(num_windows) * rooms[chosen]).astype(np.int64)
     mine = range(context.rank, num_windows, context.world_size)
-    size = max(_BATCH_TOKENS // seq_len, 1)
+    size = max(BATCH_TOKENS // seq_len, 1)
     for first in range(0, len(mine), size):
         rows = [shards[chosen[i]].tokens[starts[i] : starts[i] + seq_len] for i in mine[first : first + size]]
         yield torch.from_numpy(np.stack(rows).astype(np.int64))

@@ -19,10 +19,10 @@ from epigram.optim.base import restore
 from epigram.run import checkpoint
 from epigram.run.budget import timed
 from epigram.run.export import over_budget, quantize
-from epigram.run.machine import environment
+from epigram.run.machine import environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
-from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, should_compile, token_loss
+from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, token_loss
 from epigram.run.size import forecast_bytes
 from epigram.run.speed import scoring_work
 from epigram.run.summary import compressor_rows, log_summary
@@ -86,9 +86,8 @@ def export_job(
         check_fit(config, data)
         if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
             raise UserError(f"{data.path} has another tokenizer than {run} was trained with: name the data of the run")
-        compiled = should_compile(config.run.compile, context)
         work = scoring_work(config.score.seq_len, config.score.batch_tokens)
-        model, paths = build_model(config, context, compiled, work)
+        model, compiled, paths = build_model(config, context, work)
         restore(model.state_dict(), final_weights(saved), "this model")
         with _record(out or _next_export(run, context), config, context) as record:
             record.environment(environment(paths))
@@ -220,26 +219,15 @@ def _train(session: Session, record: RunRecord) -> None:
         max_tokens=config.run.val_tokens,
     )
     train(session, record, lambda: _validation(validate()))
-    record.update(**figures(session), peak_memory_bytes=_peak_memory(session.context), paths=session.paths)
+    record.update(
+        **figures(session), peak_memory_bytes=peak_memory_bytes(session.context.device.type), paths=session.paths
+    )
     save_checkpoint(session, record)  # with the weights that training would go on from
     session.average.copy_to()
 
 
 def _validation(row: dict[str, Any]) -> dict[str, float]:
     return {"val_nats": row["val_nats"], "val_bpb": row["val_bpb"]}
-
-
-def _peak_memory(context: Context) -> int:
-    """Bytes: of the device's allocator on CUDA, of the process elsewhere."""
-    import torch
-
-    if context.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _checked(config: Config, record: RunRecord) -> dict[str, Any]:

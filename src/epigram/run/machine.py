@@ -109,6 +109,20 @@ def memory_bytes() -> int | None:
     return found
 
 
+def peak_memory_bytes(device_type: str) -> int:
+    """The most that was used so far: of the device's allocator on CUDA, of the process elsewhere; 0 if unknown."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
 def gpus() -> list[dict[str, Any]]:
     """Name, compute capability and memory of each CUDA device; empty without any."""
     try:

@@ -19,7 +19,7 @@ from epigram.evaluation.windows import METHODS, Method
 from epigram.model.gpt import GPT
 from epigram.run.api import Model
 from epigram.run.record import final_line
-from epigram.run.setup import CACHE, attach_attention, should_compile, token_loss
+from epigram.run.setup import CACHE, attach_attention, attach_kernels, token_loss
 from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
 
@@ -117,10 +117,10 @@ def is_built(path: Path) -> bool:
 
 
 def compile_for_scoring(model: GPT, context: Context, work: Work) -> bool:
-    """Compile on CUDA where a compiler is there, with the attention backends that are fastest then at `work`.
+    """Fused kernels where they can serve, else compiled on CUDA where a compiler is there; returns whether to compile.
 
-    On a CPU a single score is over before compiling would pay.
+    Attention backends are those that this allows. On a CPU a single score is over before compiling would pay.
     """
-    compiled = context.device.type == "cuda" and should_compile("auto", context)
+    compiled, _ = attach_kernels(model, "auto", "auto" if context.device.type == "cuda" else "off", context)
     attach_attention(model, "auto", context, compiled, work)
     return compiled

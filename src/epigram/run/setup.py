@@ -22,12 +22,16 @@ from epigram.dist import collectives
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.scorer import TokenLoss
+from epigram.kernels.base import PLAIN
+from epigram.kernels.base import choose as choose_kernels
+from epigram.kernels.products.base import Dims
 from epigram.model.gpt import GPT, BankTransform
 from epigram.optim.average import Average, average_of
 from epigram.optim.gradients import LaneGradients, lane_weights
 from epigram.optim.optimizer import Optimizer
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
+from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 from epigram.run.speed import Work, agreed_ms, training_work
 
 CACHE = Path(".cache/epigram/data")
@@ -39,42 +43,80 @@ LaneLoss = Callable[[Tensor, Tensor, Tensor | None, float, BankTransform | None]
 
 
 @dataclass(kw_only=True)
-class Session:
-    """A run in progress: the parts, and how far it is.
+class Engine:
+    """All that computes a step, wherever its tokens come from.
 
     lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. nll: the (compiled) loss of
     scoring. quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
-    a choice, for the log. times_s: the schedules' clock at the start of each step. trained_s: what steps really took.
+    a choice, for the log. compiled: whether torch.compile is used. capture: records lanes in the warm-up, None where
+    they are launched kernel by kernel. graphs: what it has recorded.
     """
 
     config: Config
     context: Context
-    data: DataFolder
     model: GPT
     optimizer: Optimizer
     average: Average
     gradients: LaneGradients
-    loader: Loader
     lanes: tuple[int, ...]
     lane_loss: LaneLoss
     nll: TokenLoss
     quantized: BankTransform
-    clock: Clock
     paths: dict[str, str]
-    step: int = 0
-    times_s: list[float] = field(default_factory=list)
-    trained_s: float = 0.0
+    compiled: bool
+    capture: Capture | None = None
+    graphs: dict[Key, LaneGraph] = field(default_factory=dict)
+
+    @property
+    def lends_gradients(self) -> bool:
+        """Whether a lane's gradients are overwritten by the next lane of the step."""
+        return bool(self.graphs) and len(self.lanes) > 1
 
     def reduce(self) -> Callable[[list[Tensor]], None] | None:
         """How gradients are summed over processes; None when there is nothing to communicate."""
         return partial(collectives.sum_, self.context) if self.context.world_size > 1 else None
 
 
+@dataclass(kw_only=True)
+class Session(Engine):
+    """A run in progress: what computes, its data, and how far it is.
+
+    times_s: the schedules' clock at the start of each step. trained_s: what steps really took.
+    """
+
+    data: DataFolder
+    loader: Loader
+    clock: Clock
+    step: int = 0
+    times_s: list[float] = field(default_factory=list)
+    trained_s: float = 0.0
+
+
 def build_session(config: Config, data: DataFolder, context: Context) -> Session:
     """Everything on the device, initial weights drawn. Raises UserError when recipe, data and machine do not fit."""
     check_fit(config, data)
-    compiled = should_compile(config.run.compile, context)
-    model, paths = build_model(config, context, compiled, training_work(config))
+    engine = build_engine(config, context)
+    return Session(
+        **vars(engine),
+        data=data,
+        loader=Loader(
+            data.split("train"),
+            config.flat_lanes,
+            seed=config.seed,
+            lane_indices=engine.lanes,
+            pin=context.device.type == "cuda",
+            vocab_size=config.model.vocab_size,
+        ),
+        clock=make_clock(config.budget, partial(collectives.from_main, context)),
+    )
+
+
+def build_engine(config: Config, context: Context) -> Engine:
+    """A session's parts that need no data. Raises UserError when recipe and machine do not fit."""
+    model, compiled, paths = build_model(config, context, training_work(config))
+    capture = CudaCapture(context.device) if should_capture(config.run.cuda_graphs, model, context) else None
+    if capture is not None:
+        paths["CUDA graphs"] = "on"
     model.initialize(config.seed)
     named, roles = dict(model.named_parameters()), model.roles()
     lanes = lanes_of_rank(config.flat_lanes, context.rank, context.world_size)
@@ -82,44 +124,65 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
         f"{len(config.flat_lanes)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
     )
     weights = lane_weights([lane.num_tokens for lane in config.flat_lanes], config.gradients.lane_weight)
-    return Session(
+    return Engine(
         config=config,
         context=context,
-        data=data,
         model=model,
-        optimizer=Optimizer(named, roles, config.optim),
+        optimizer=Optimizer(named, roles, config.optim, kernels=config.run.kernels),
         average=average_of(named, config.average),
         gradients=LaneGradients(
             named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
-        ),
-        loader=Loader(
-            data.split("train"),
-            config.flat_lanes,
-            seed=config.seed,
-            lane_indices=lanes,
-            pin=context.device.type == "cuda",
-            vocab_size=config.model.vocab_size,
         ),
         lanes=lanes,
         lane_loss=compile_shapes(model.loss) if compiled else model.loss,
         nll=token_loss(model, compiled),
         quantized=bank_transform(model, config),
-        clock=make_clock(config.budget, partial(collectives.from_main, context)),
         paths=paths,
+        compiled=compiled,
+        capture=capture,
     )
 
 
-def build_model(config: Config, context: Context, compiled: bool, work: Work) -> tuple[GPT, dict[str, str]]:
-    """The model on its device with precision and attention chosen, weights not yet set; and the choices, in words.
+def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool, dict[str, str]]:
+    """The model on its device, weights not yet set; whether it is to be compiled; and what was chosen, in words.
 
-    work: what attention will have to do, by which "auto" measures it on CUDA.
+    Precision, kernels and attention are set. work: what attention will have to do, by which "auto" measures it on CUDA.
+    Raises UserError when a choice cannot be honoured here.
     """
     if context.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
-    paths["compile"] = "on" if compiled else "off"
-    return model, paths | attach_attention(model, config.run.attention, context, compiled, work)
+    compiled, chosen = attach_kernels(model, config.run.kernels, config.run.compile, context)
+    return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled, work)
+
+
+def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) -> tuple[bool, dict[str, str]]:
+    """Give the model its kernels; returns whether it is to be compiled, and both choices in words.
+
+    kernels, compile_: as in `RunConfig`. The model's precision must be set.
+    """
+    c = model.config
+    widths = (c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim)
+    dims = Dims(widths=widths, dtype=model.compute_dtype, carries=c.residual_lambdas)
+    name = "plain" if compile_ == "on" else kernels
+    model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
+    if model.kernels is not PLAIN:
+        return False, {"kernels": model.kernels.name, "compile": "off: the kernels are fused by hand"}
+    compiled = should_compile(compile_, context)
+    return compiled, {"kernels": model.kernels.name, "compile": "on" if compiled else "off"}
+
+
+def should_capture(setting: str, model: GPT, context: Context) -> bool:
+    """Whether lanes are recorded as CUDA graphs. Raises UserError when that is asked for in vain."""
+    reason = None
+    if context.device.type != "cuda":
+        reason = "CUDA graphs are for CUDA devices"
+    elif model.kernels is PLAIN:
+        reason = "it goes with fused kernels, and this run has plain ones"
+    if setting == "on" and reason:
+        raise UserError(f'run.cuda_graphs = "on" cannot be used here: {reason}; set run.cuda_graphs=auto')
+    return setting != "off" and reason is None
 
 
 def token_loss(model: GPT, compiled: bool) -> TokenLoss:
@@ -145,8 +208,22 @@ def attach_attention(
 
     work: with it, "auto" takes on CUDA what is fastest at it; else what comes first in the capability table.
     """
+    request = attention_request(model, context, compiled, backward=work is None or work.backward)
+    prepare = compile_shapes if compiled else None
+    on_cuda = context.device.type == "cuda"
+    measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None
+    chosen = choose(backend, request, measure)
+    model.attend, paths = chosen.attend, {"attention": str(chosen)}
+    if model.config.window_layers:
+        chosen = choose(backend, replace(request, window=model.config.window), measure)
+        model.attend_window, paths["attention of windowed layers"] = chosen.attend, str(chosen)
+    return paths
+
+
+def attention_request(model: GPT, context: Context, compiled: bool, backward: bool = True) -> Request:
+    """What the model's full-attention layers ask of a backend."""
     c = model.config
-    request = Request(
+    return Request(
         device_type=context.device.type,
         capability=context.capability,
         dtype=model.compute_dtype,
@@ -155,18 +232,8 @@ def attach_attention(
         num_kv_heads=c.num_kv_heads,
         window=0,
         compiled=compiled,
-        backward=work is None or work.backward,
+        backward=backward,
     )
-
-    prepare = compile_shapes if compiled else None
-    on_cuda = context.device.type == "cuda"
-    measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None
-    chosen = choose(backend, request, measure)
-    model.attend, paths = chosen.attend, {"attention": str(chosen)}
-    if c.window_layers:
-        chosen = choose(backend, replace(request, window=c.window), measure)
-        model.attend_window, paths["attention of windowed layers"] = chosen.attend, str(chosen)
-    return paths
 
 
 @contextmanager
@@ -226,7 +293,7 @@ def check_fit(config: Config, data: DataFolder) -> None:
         )
 
 
-def state_of(session: Session) -> dict[str, dict[str, Any]]:
+def state_of(session: Engine) -> dict[str, dict[str, Any]]:
     """All tensors that training changes, as live tensors by part."""
     return {
         "model": dict(session.model.state_dict()),

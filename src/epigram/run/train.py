@@ -2,21 +2,27 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from epigram.dist import collectives
 from epigram.errors import UserError
+from epigram.model.gpt import BankTransform
 from epigram.optim import schedule
 from epigram.optim.base import restore
 from epigram.run import checkpoint
 from epigram.run.budget import WallClock, not_counted, write_clock
+from epigram.run.graphs import Key
 from epigram.run.record import RunRecord
-from epigram.run.setup import Session, state_of
+from epigram.run.setup import Engine, Session, state_of
+
+UPDATE = "epigram update"
+"""In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
 
 _HOST_AHEAD = 2  # steps that the host may queue before it waits for the device
 _FACTS = ("recipe", "seed", "parameters", "data", "warmup_s")  # of the result, for a later export
@@ -91,24 +97,48 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
 
 def train_step(session: Session, plan: StepPlan) -> Tensor:
     """One step over this process's lanes; returns (loss, gradient norm), means over all lanes, as a device tensor."""
-    config = session.config
-    device = session.context.device
-    gamma = torch.full((), plan.gamma, device=device) if config.schedule.mile_peak else None
-    transform = session.quantized if plan.qat else None
+    return compute_step(session, session.loader.next_step(), plan)
+
+
+def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> Tensor:
+    """A step on given tokens, int64 (num_seqs, seq_len + 1) on the host for each of this process's lanes."""
+    gamma, transform = gamma_of(engine, plan.gamma), engine.quantized if plan.qat else None
     losses = []
-    for lane, batch in zip(session.lanes, session.loader.next_step(), strict=True):
-        tokens = batch.to(device, non_blocking=True)
-        loss = session.lane_loss(tokens[:, :-1], tokens[:, 1:], gamma, config.loss.mile_floor, transform)
-        loss.backward()
-        session.gradients.add(lane)
-        losses.append(loss.detach())
-    gathered = session.gradients.finish(session.reduce())
-    session.optimizer.step(plan.lr_multiplier, plan.momentum, gathered.scale)
-    session.optimizer.zero_grad()
-    session.average.update()
+    for lane, batch in zip(engine.lanes, batches, strict=True):
+        losses.append(lane_step(engine, batch, gamma, transform))
+        with record_function(UPDATE):
+            engine.gradients.add(lane, lent=engine.lends_gradients)
+    with record_function(UPDATE):
+        gathered = engine.gradients.finish(engine.reduce())
+        engine.optimizer.step(plan.lr_multiplier, plan.momentum, gathered.scale)
+        engine.optimizer.zero_grad()
+        engine.average.update()
     measured = torch.stack([torch.stack(losses).mean(), gathered.norms.mean()])
-    collectives.sum_(session.context, [measured])  # so that every rank sees a loss that is not finite in the same step
-    return measured / session.context.world_size
+    collectives.sum_(engine.context, [measured])  # so that every rank sees a loss that is not finite in the same step
+    return measured / engine.context.world_size
+
+
+def lane_step(engine: Engine, batch: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:
+    """Forward and backward of a lane: its gradients go to `.grad`, its loss is returned, 0-dim.
+
+    A lane of this shape and phase that is recorded is replayed; see `epigram.run.graphs`.
+    """
+    graph = engine.graphs.get(Key(tuple(batch.shape), transform is not None))
+    if graph is not None:
+        return graph(batch, gamma)
+    return forward_backward(engine, batch.to(engine.context.device, non_blocking=True), gamma, transform)
+
+
+def forward_backward(engine: Engine, tokens: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:
+    """`lane_step` on tokens on the device, launched kernel by kernel."""
+    loss = engine.lane_loss(tokens[:, :-1], tokens[:, 1:], gamma, engine.config.loss.mile_floor, transform)
+    loss.backward()
+    return loss.detach()
+
+
+def gamma_of(engine: Engine, gamma: float) -> Tensor | None:
+    """The exponent of the entropy weighting as the loss takes it; None where the recipe does not weight."""
+    return torch.full((), gamma, device=engine.context.device) if engine.config.schedule.mile_peak else None
 
 
 def figures(session: Session) -> dict[str, Any]:
