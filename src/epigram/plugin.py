@@ -24,7 +24,7 @@ def names(package: str) -> list[str]:
 def load(package: str, name: str) -> ModuleType:
     """Import plugin `name` of `package`.
 
-    Raises UserError when there is no such plugin, or when a library that it needs is not installed.
+    Raises UserError when there is no such plugin, or when a library that it needs is not installed or does not load.
     """
     if name not in names(package):
         kind = package.rsplit(".", 1)[-1]
@@ -36,5 +36,12 @@ def load(package: str, name: str) -> ModuleType:
             raise
         raise UserError(
             f"{name!r} needs the library {error.name!r}, which is not installed: pip install {error.name}, "
+            f"or choose another of {', '.join(names(package))}"
+        ) from error
+    except (ImportError, OSError) as error:  # installed, but broken: built for another torch, say, or a part is missing
+        if (getattr(error, "name", None) or "").split(".")[0] == "epigram":
+            raise
+        raise UserError(
+            f"{name!r} needs a library that is installed and does not load ({error}): install it again, "
             f"or choose another of {', '.join(names(package))}"
         ) from error

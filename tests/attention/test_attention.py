@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from epigram import plugin
-from epigram.attention import flex, reference
-from epigram.attention.base import PACKAGE, Request, band_mask, choose, usable
-from epigram.errors import UserError
+from epigram.attention import flex, reference, sdpa
+from epigram.attention.base import PACKAGE, Request, band_mask, usable
 
 SHAPES = [(2, 33, 4, 2, 16), (1, 130, 4, 4, 16), (2, 257, 6, 2, 32)]  # B, T, H, K, D; no multiple of a tile
 WINDOWS = [0, 1, 16, 100, 500]
+FLOAT32_RELATIVE = 1e-6  # float32 keeps 24 bits; the sums over at most 257 keys average the errors out
 
 
 def request(window: int, device_type: str = "cpu", **changes) -> Request:
@@ -17,10 +17,13 @@ def request(window: int, device_type: str = "cpu", **changes) -> Request:
     return Request(device_type=device_type, window=window, **(values | changes))
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, packed: bool = False) -> list[torch.Tensor]:
+    """q, k, v; packed: as views into one (B, T, (H + 2 K) D) tensor."""
     b, t, h, k, d = shape
     generator = torch.Generator().manual_seed(t)
-    return [torch.randn(b, t, heads, d, generator=generator, dtype=dtype).requires_grad_() for heads in (h, k, k)]
+    whole = torch.randn(b, t, h + 2 * k, d, generator=generator, dtype=dtype)
+    parts = whole.split((h, k, k), dim=2)
+    return [(x if packed else x.contiguous()).requires_grad_() for x in map(torch.Tensor.detach, parts)]
 
 
 def dense_loop(q, k, v, window: int) -> torch.Tensor:
@@ -49,26 +52,53 @@ def test_backends_agree_with_the_reference(name: str, shape: tuple[int, ...], wi
     _, _, h, k, d = shape
     if reason := usable(request(window, head_dim=d, num_heads=h, num_kv_heads=k))[name]:
         pytest.skip(reason)
-    backend = plugin.load(PACKAGE, name)
-    ours, theirs = inputs(shape), inputs(shape)
-    out, expected = backend.attend(*ours, window), reference.attend(*theirs, window)
-    torch.testing.assert_close(out, expected)
-    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for a, e in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, e.grad)
+    attend = plugin.load(PACKAGE, name).attend
+    expected = output_and_gradients(reference.attend, inputs(shape), window)
+    for packed in (False, True):
+        found = output_and_gradients(attend, inputs(shape, packed=packed), window)
+        torch.testing.assert_close(found, expected)
+    found = output_and_gradients(attend, inputs(shape, torch.float32), window)
+    exact = output_and_gradients(
+        reference.attend, [x.detach().double().requires_grad_() for x in inputs(shape, torch.float32)], window
+    )
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= FLOAT32_RELATIVE * theirs.norm()
+
+
+def output_and_gradients(attend, tensors: list[torch.Tensor], window: int) -> list[torch.Tensor]:
+    out = attend(*tensors, window)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return [out.detach(), *torch.autograd.grad(out, tensors, weights.to(out.dtype))]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "reference"])
-@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("window", [0, 1, 5, 31, 32, 40])
 def test_queries_are_the_last_positions_of_the_keys(name: str, window: int) -> None:
-    """What a cache needs: the last queries alone give the last rows."""
+    """What a cache needs: the last queries alone give the last rows, by the definition of a window."""
     q, k, v = (x.detach() for x in inputs(SHAPES[0]))
     attend = plugin.load(PACKAGE, name).attend
-    full = attend(q, k, v, window)
-    for count in (1, 3, 20):
+    full = dense_loop(q, k, v, window)
+    for count in (1, 2, 3, 20, 27, 28, 32, 33):
         torch.testing.assert_close(attend(q[:, -count:], k, v, window), full[:, -count:])
+
+
+def test_a_window_costs_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sdpa hands its kernels T * 2 window pairs at most, and for a few queries the keys that they may see."""
+    pairs = []
+    kernel = sdpa._call
+
+    def count(q, k, v, mask, *, causal):
+        pairs.append(q.shape[0] * q.shape[1] * k.shape[1])
+        return kernel(q, k, v, mask, causal=causal)
+
+    monkeypatch.setattr(sdpa, "_call", count)
+    q, k, v = (x.detach() for x in inputs((1, 1000, 2, 1, 8)))
+    sdpa.attend(q, k, v, 50)
+    assert sum(pairs) <= 1000 * 100
+    pairs.clear()
+    sdpa.attend(q[:, -3:], k, v, 50)
+    assert pairs == [3 * 53]
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 700, 1024])
@@ -91,16 +121,3 @@ def test_tile_map_equals_the_mask(length: int, window: int) -> None:
             assert bool(tile.any()) == bool(partial[row, column] | full[row, column])
             if full[row, column]:
                 assert bool(tile.all())
-
-
-def test_choice_says_why_not() -> None:
-    assert choose("auto", request(512))[0] == "sdpa"
-    assert choose("auto", request(512, "cuda", capability=(9, 0)))[0] == "flex"
-    assert choose("auto", request(512, "cuda", capability=(7, 5)))[0] == "sdpa"
-    assert choose("auto", request(512, "cuda", capability=(9, 0), compiled=False))[0] == "sdpa"
-    assert choose("auto", request(0, "cuda", capability=(9, 0)))[0] == "sdpa"
-    with pytest.raises(UserError, match="for CUDA devices"):
-        choose("flex", request(512))
-    with pytest.raises(UserError, match="choose one of flash4"):
-        choose("nonsense", request(0))
-    assert "CUDA" in usable(request(0))["flex"]

@@ -92,6 +92,40 @@ def test_what_processes_tell_each_other(tmp_path: Path):
     assert out.split()[2:] == ["LostPeerError", "ValueError"]
 
 
+def test_all_processes_take_the_backend_that_the_first_one_measured(tmp_path: Path):
+    """Their own clocks say the opposite of each other; and where the first one fails, none waits for it."""
+    script = """
+        import torch
+        from epigram.attention.base import Request, choose
+        from epigram.dist.collectives import LostPeerError
+        from epigram.dist.context import open_context
+        from epigram.run import speed
+
+        request = Request(device_type="cuda", capability=(8, 0), dtype=torch.bfloat16, head_dim=64, num_heads=8,
+                          num_kv_heads=4, window=512, compiled=True)
+        work = speed.Work(shapes=((1, 8),), backward=True)
+
+        def measured(attends, request):
+            return speed.agreed_ms(context, work, attends, request)
+
+        with open_context("cpu") as context:
+            own = {"flex": 1.0 + context.rank, "sdpa": 1.5}
+            speed.measure_ms = lambda attends, *rest: {name: own[name] for name in attends}
+            print(choose("auto", request, measured))
+            def fail(*arguments):
+                raise KeyError("lost")
+            speed.measure_ms = fail
+            try:
+                choose("auto", request, measured)
+            except (KeyError, LostPeerError) as error:
+                print(type(error).__name__)
+    """
+    (code, out, err), (other, shared, _) = run_two(script, tmp_path)
+    assert (code, other) == (0, 0), err
+    assert out.splitlines() == ["flex (1 ms; sdpa 1.5)", "KeyError"]
+    assert shared.splitlines() == ["flex (1 ms; sdpa 1.5)", "LostPeerError"]
+
+
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "epigram", "train", "smoke", "--gpus", "2", "--device", "cpu", "--json"]
     settings = [argument for setting in SHORT for argument in ("--set", setting)]

@@ -8,6 +8,7 @@ import torch
 from parity import FLOOR, Place, assert_as_good
 from torch import Tensor
 
+from epigram import capability
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.kernels import base
@@ -177,24 +178,24 @@ def test_auto_fuses_where_it_can():
 
 
 @pytest.mark.parametrize(
-    ("device_type", "capability", "dims", "reason"),
+    ("device_type", "version", "dims", "reason"),
     [
-        ("cpu", None, DIMS, "for CUDA devices"),
-        ("cuda", (7, 5), DIMS, "this device has 7.5"),
+        ("cpu", None, DIMS, "compiles for GPUs"),
+        ("cuda", (7, 5), DIMS, "compute capability 8.0"),
         ("cuda", (9, 0), replace(DIMS, dtype=torch.float32), "not torch.float32"),
         ("cuda", (9, 0), replace(DIMS, carries=True), "residual lambdas"),
     ],
 )
-def test_where_it_cannot_it_says_why(device_type: str, capability, dims: Dims, reason: str):
-    assert choose("auto", device_type, capability, dims) is PLAIN
+def test_where_it_cannot_it_says_why(device_type: str, version, dims: Dims, reason: str):
+    assert choose("auto", device_type, version, dims) is PLAIN
     with pytest.raises(UserError, match=f'run.kernels = "fused" cannot be used here: .*{reason}'):
-        choose("fused", device_type, capability, dims)
+        choose("fused", device_type, version, dims)
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(capability, "triton_installed", lambda: False)
     assert choose("auto", "cuda", (9, 0), DIMS) is PLAIN
-    with pytest.raises(UserError, match="pip install"):
+    with pytest.raises(UserError, match="Triton is not installed"):
         choose("fused", "cuda", (9, 0), DIMS)
 
 

@@ -14,7 +14,7 @@ STEPS = 20
 
 
 def _reference(small, rates: dict[str, list[tuple[slice | None, float, float]]]):
-    """torch.optim.AdamW over copies of the slices, and a function that gives them the current gradients."""
+    """torch.optim.AdamW over copies of the slices, and a function that gives them the scaled gradients."""
     slices = [(name, index, lr, decay) for name, parts in rates.items() for index, lr, decay in parts]
 
     def cut(tensor: Tensor, index: slice | None) -> Tensor:
@@ -27,9 +27,9 @@ def _reference(small, rates: dict[str, list[tuple[slice | None, float, float]]])
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
 
-    def feed() -> None:
+    def feed(scale: float) -> None:
         for copy, (name, index, _, _) in zip(copies, slices, strict=True):
-            copy.grad = cut(small.named[name].grad, index)
+            copy.grad = scale * cut(small.named[name].grad, index)
 
     def check() -> None:
         for copy, (name, index, _, _) in zip(copies, slices, strict=True):
@@ -57,13 +57,13 @@ def test_twenty_steps_equal_torch(small, config: OptimConfig) -> None:
     optimizer, feed, check = _reference(small, rates)
     base = [group["lr"] for group in optimizer.param_groups]
     for step in range(STEPS):
-        multiplier = 1.0 - 0.04 * step
+        multiplier, scale = 1.0 - 0.04 * step, 0.5 + 0.1 * step
         small.fill_gradients(step)
-        feed()
+        feed(scale)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * multiplier
         optimizer.step()
-        adamw.step(torch.tensor(multiplier))
+        adamw.step(torch.tensor(multiplier), torch.tensor(scale))
         check()
 
 
@@ -73,7 +73,7 @@ def test_early_and_late_layers_move_differently(small, config: OptimConfig) -> N
     adamw = AdamW(small.named, [group for group in groups if group.rule == "adamw"], config.adamw)
     before = small.clone()
     small.fill_gradients(3)
-    adamw.step(torch.tensor(1.0))
+    adamw.step(torch.tensor(1.0), torch.tensor(1.0))
     start, after = before.named["attn_scale"].detach(), small.named["attn_scale"].detach()
     sign = small.named["attn_scale"].grad.sign()
     for layer in range(5):
@@ -86,7 +86,7 @@ def test_moments_are_complete_and_float32(small, config: OptimConfig) -> None:
     groups = assign(small.named, small.roles, config)
     adamw = AdamW(small.named, [group for group in groups if group.rule == "adamw"], config.adamw)
     small.fill_gradients(0)
-    adamw.step(torch.tensor(1.0))
+    adamw.step(torch.tensor(1.0), torch.tensor(1.0))
     state = adamw.state()
     for name, role in small.roles.items():
         if role.kind != "matrix":
@@ -103,7 +103,7 @@ def test_refuses_a_missing_gradient(small, config: OptimConfig) -> None:
     small.fill_gradients(0)
     small.named["backout"].grad = None
     with pytest.raises(AssertionError, match="no gradient for backout"):
-        adamw.step(torch.tensor(1.0))
+        adamw.step(torch.tensor(1.0), torch.tensor(1.0))
 
 
 def test_config_names_every_problem() -> None:

@@ -70,6 +70,23 @@ def test_decay_warmup() -> None:
     _check(ema, expected)
 
 
+def test_both_halves_of_an_update() -> None:
+    """`apply` alone repeats the last weight: what changes from step to step is `set_weight`'s."""
+    history = _history(2)
+    params = _parameters(history[0])
+    ema = Ema(params, 0.75)
+    for name, parameter in params.items():
+        parameter.data.copy_(history[1][name])
+    ema.set_weight()
+    _check(ema, history[0])
+    assert ema.state_dict()["num_updates"] == 1
+    ema.apply()
+    _check(ema, _weighted(history, [0.75, 0.25]))
+    ema.apply()
+    _check(ema, _weighted(history, [0.75**2, 1 - 0.75**2]))
+    assert ema.state_dict()["num_updates"] == 1
+
+
 def test_copy_to_and_swap() -> None:
     history = _history(3)
     params = _parameters(history[0])

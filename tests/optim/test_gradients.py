@@ -67,10 +67,14 @@ def _norm(gradients: dict[str, Tensor]) -> float:
 
 
 def _run(toy: Toy, lanes, which: list[int], collector: LaneGradients, reduce=None):
+    """A step; afterwards `.grad` is what the optimizer makes of it: times the scale."""
     for lane in which:
         _backward(toy, lanes[lane])
         collector.add(lane)
-    return collector.finish(reduce)
+    gathered = collector.finish(reduce)
+    for parameter in toy.parameters():
+        parameter.grad.mul_(gathered.scale)
+    return gathered
 
 
 def _assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -159,15 +163,26 @@ def test_any_split_over_processes_gives_the_same(
     _assert_close(_gradients(toy), expected)
 
 
-def test_one_lane_of_weight_one_copies_nothing(toy: Toy, lanes) -> None:
+def test_one_lane_is_read_for_its_norm_and_not_written(toy: Toy, lanes) -> None:
+    """Its gradient stays as it is, where it is; what clips it is the scale."""
     for clip in ("none", "lane", "global"):
         collector = LaneGradients(dict(toy.named_parameters()), clip=clip, max_norm=0.3, lane_weights=[1.0])
         toy.zero_grad()
         _backward(toy, lanes[0])
+        raw = _gradients(toy)
         before = {name: p.grad.data_ptr() for name, p in toy.named_parameters()}
         collector.add(0)
-        collector.finish()
+        gathered = collector.finish()
         assert {name: p.grad.data_ptr() for name, p in toy.named_parameters()} == before
+        assert all(torch.equal(p.grad, raw[name]) for name, p in toy.named_parameters())
+        expected = 1.0 if clip == "none" else min(1.0, 0.3 / (_norm(raw) + 1e-6))
+        assert expected == 1.0 or expected < 0.9, "the test needs a gradient that is clipped"
+        torch.testing.assert_close(gathered.scale, torch.tensor(expected))
+
+
+def test_lanes_that_are_added_up_need_no_scale(toy: Toy, lanes) -> None:
+    gathered = _run(toy, lanes, [0, 1, 2, 3], _collector(toy, "lane"))
+    assert gathered.scale == 1.0
 
 
 def test_collector_starts_afresh_each_step(toy: Toy, lanes) -> None:
@@ -197,6 +212,8 @@ def test_lent_gradients_are_not_kept(toy: Toy, lanes, clip: str) -> None:
             place.fill_(math.nan)
     found = collector.finish()
     assert torch.equal(found.norms, expected.norms)
+    for parameter in toy.parameters():
+        parameter.grad.mul_(found.scale)
     _assert_close(_gradients(toy), gradients)
 
 

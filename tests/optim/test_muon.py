@@ -72,6 +72,7 @@ def _plain_step(
 
 @pytest.mark.parametrize("equal_rows", [False, True])
 def test_equals_a_loop_over_matrices(small, equal_rows: bool) -> None:
+    """Four steps with changing rates and gradients that are still to be scaled."""
     config = MuonConfig(lr_early=0.024, lr_late=0.019, weight_decay=0.04, normalize_rows=equal_rows, dtype="float32")
     muon = _muon(small, config)
     expected: dict[str, tuple[Tensor, Tensor]] = {}
@@ -82,16 +83,16 @@ def test_equals_a_loop_over_matrices(small, equal_rows: bool) -> None:
                 expected[view.name] = (view.weight.double(), torch.zeros_like(view.weight).double())
                 layer_of[view.name] = view.layer
     for step in range(4):
-        multiplier, mu = 1.0 - 0.2 * step, 0.92 + 0.01 * step
+        multiplier, mu, scale = 1.0 - 0.2 * step, 0.92 + 0.01 * step, 0.5 + 0.25 * step
         small.fill_gradients(step)
         for name, role in small.roles.items():
             if role.kind == "matrix":
                 for view in matrices(role, small.named[name].grad):
                     weight, momentum = expected[view.name]
                     lr = multiplier * (0.024 if layer_of[view.name] < 2 else 0.019)
-                    gradient = view.weight.double()
+                    gradient = scale * view.weight.double()
                     expected[view.name] = _plain_step(weight, gradient, momentum, lr, mu, 0.04, equal_rows)
-        muon.step(_scalar(multiplier), _scalar(mu))
+        muon.step(_scalar(multiplier), _scalar(mu), _scalar(scale))
     assert len(expected) == 5 * 6
     for name, role in small.roles.items():
         if role.kind == "matrix":
@@ -103,6 +104,77 @@ def test_equals_a_loop_over_matrices(small, equal_rows: bool) -> None:
                 torch.testing.assert_close(
                     view.weight.double(), expected[view.name][1], rtol=1e-5, atol=1e-5, msg=view.name
                 )
+
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("equal_rows", [False, True])
+def test_fused_equals_plain(equal_rows: bool, device: str) -> None:
+    """Two steps of a wide, a tall and two square splits of two layers, two iterations each."""
+    pytest.importorskip("triton")
+    splits = {"qk": (("q", 16), ("k", 8)), "up": (("up", 40),), "down": (("down", 16),)}
+    shapes = {"qk": (2, 24, 16), "up": (2, 40, 16), "down": (2, 16, 40)}
+    roles = {
+        name: ParameterRole(kind="matrix", num_layers=2, bank=name, splits=split) for name, split in splits.items()
+    }
+    config = MuonConfig(
+        lr_early=0.02,
+        lr_late=0.04,
+        weight_decay=0.1,
+        num_iterations=2,
+        normalize_rows=equal_rows,
+        dtype="float32",
+        momentum_dtype="float32",
+    )
+    parts = {half: tuple(Part(name, (half, half + 1)) for name in shapes) for half in (0, 1)}
+    groups = [
+        Group(name="early", rule="muon", lr=0.02, weight_decay=0.1, parts=parts[0]),
+        Group(name="late", rule="muon", lr=0.04, weight_decay=0.1, parts=parts[1]),
+    ]
+    found: list[dict[str, Tensor]] = []
+    for fused in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        draw = [[torch.randn(shape, generator=generator).to(device) for shape in shapes.values()] for _ in range(3)]
+        named = {name: nn.Parameter(value) for name, value in zip(shapes, draw[0], strict=True)}
+        muon = Muon(named, roles, groups, config, fused=fused)
+        for step, gradients in enumerate(draw[1:]):
+            for parameter, gradient in zip(named.values(), gradients, strict=True):
+                parameter.grad = gradient
+            muon.step(*(torch.tensor(value, device=device) for value in (1 - step / 2, 0.9, 0.7)))
+        found.append({**{name: p.detach() for name, p in named.items()}, **muon.state()})
+    for name, plain in found[0].items():
+        torch.testing.assert_close(found[1][name], plain, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+def test_fused_in_bfloat16_is_as_near_to_double_precision_as_plain() -> None:
+    """Two layers of the published shapes, one step: both round a few times in each of five iterations."""
+    splits = {"qkv": (("q", 512), ("k", 256), ("v", 256)), "up": (("up", 1536),), "down": (("down", 512),)}
+    shapes = {"qkv": (2, 1024, 512), "up": (2, 1536, 512), "down": (2, 512, 1536)}
+    roles = {
+        name: ParameterRole(kind="matrix", num_layers=2, bank=name, splits=split) for name, split in splits.items()
+    }
+    groups = [Group(name="all", rule="muon", lr=1.0, weight_decay=0.0, parts=tuple(Part(name) for name in shapes))]
+    found = []
+    for dtype, fused in (("float64", False), ("bfloat16", False), ("bfloat16", True)):
+        generator = torch.Generator("cuda").manual_seed(0)
+        named = {name: nn.Parameter(torch.zeros(shape, device="cuda")) for name, shape in shapes.items()}
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, device="cuda")
+        config = MuonConfig(lr_early=1.0, lr_late=1.0, weight_decay=0.0, momentum_dtype="float32")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("epigram.optim.muon.resolve_dtype", lambda name, device, dtype=dtype: getattr(torch, dtype))
+            muon = Muon(named, roles, groups, config, fused=fused)
+        muon.step(*(torch.tensor(value, device="cuda") for value in (1.0, 0.95, 0.01)))
+        found.append(torch.cat([p.detach().flatten() for p in named.values()]))
+    plain, fused_error = (_relative_difference(update, found[0]) for update in found[1:])
+    assert plain < 0.05
+    assert fused_error < 1.2 * plain
 
 
 def _relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -139,7 +211,7 @@ def test_equals_the_published_implementation(dtype: str) -> None:
     for step in range(3):
         before = bank.detach().clone()
         bank.grad = GOLDEN[f"grad.{step}"].clone()
-        muon.step(_scalar(1.0), _scalar(0.95))
+        muon.step(_scalar(1.0), _scalar(0.95), _scalar(1.0))
         after = GOLDEN[f"after.{step}"]
         assert _relative_difference(bank.detach() - before, after - published) < 0.05
         published = after
@@ -151,7 +223,7 @@ def test_zero_matrix_with_zero_gradient_stays_zero(small) -> None:
     for name in ("banks.up", "banks.down"):
         small.named[name].data[3] = 0
         small.named[name].grad[3] = 0
-    muon.step(_scalar(1.0), _scalar(0.95))
+    muon.step(_scalar(1.0), _scalar(0.95), _scalar(1.0))
     for name in ("banks.up", "banks.down"):
         assert small.named[name][3].eq(0).all()
         assert small.named[name][2].ne(0).any()
@@ -164,7 +236,7 @@ def test_learning_rate_differs_by_layer(small) -> None:
     before = small.clone()
     for name in ("banks.qkv", "banks.up"):
         small.named[name].grad[:] = small.named[name].grad[0].clone()
-    muon.step(_scalar(0.5), _scalar(0.9))
+    muon.step(_scalar(0.5), _scalar(0.9), _scalar(1.0))
     for name in ("banks.qkv", "banks.up"):
         moved = (small.named[name] - before.named[name]).detach()
         torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-5)
@@ -178,7 +250,7 @@ def test_tall_matrices_move_by_kappa(small) -> None:
     small.fill_gradients(0)
     before = small.clone()
     small.named["banks.down"].grad = small.named["banks.up"].grad.mT.contiguous()
-    muon.step(_scalar(1.0), _scalar(0.95))
+    muon.step(_scalar(1.0), _scalar(0.95), _scalar(1.0))
     up, down = ((small.named[name] - before.named[name]).detach() for name in ("banks.up", "banks.down"))
     torch.testing.assert_close(up, math.sqrt(40 / 16) * down.mT, rtol=1e-3, atol=1e-5)
 
@@ -188,7 +260,7 @@ def test_refuses_a_bank_without_gradient(small) -> None:
     small.fill_gradients(0)
     small.named["banks.out"].grad = None
     with pytest.raises(AssertionError, match=r"banks\.out has no gradient"):
-        muon.step(_scalar(1.0), _scalar(0.95))
+        muon.step(_scalar(1.0), _scalar(0.95), _scalar(1.0))
 
 
 def test_precision_follows_the_device() -> None:

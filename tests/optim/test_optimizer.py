@@ -100,6 +100,29 @@ def test_multiplier_zero_moves_nothing_but_remembers(small, config: OptimConfig)
     assert torch.equal(optimizer.state_dict()["muon.momentum.banks.up"], small.named["banks.up"].grad)
 
 
+def test_scale_multiplies_the_gradients(small, config: OptimConfig) -> None:
+    """Steps with a scale equal steps from gradients that were multiplied before; without one it is 1 again."""
+    scaled = small.clone()
+    optimizer, other = (Optimizer(s.named, s.roles, config) for s in (small, scaled))
+    for step, scale in enumerate((0.25, 3.0, None)):
+        for each in (small, scaled):
+            each.fill_gradients(step)
+        for parameter in small.named.values():
+            parameter.grad *= scale or 1.0
+        optimizer.step(1.0, 0.95)
+        other.step(1.0, 0.95, None if scale is None else torch.tensor(scale))
+    for name, parameter in small.named.items():
+        torch.testing.assert_close(scaled.named[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_kernels_are_chosen_by_the_device_unless_named(small, config: OptimConfig) -> None:
+    assert not Optimizer(small.named, small.roles, config).fused
+    assert not Optimizer(small.named, small.roles, config, kernels="plain").fused
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():  # then tests run in Triton's interpreter, which serves a CPU when asked
+        assert Optimizer(small.named, small.roles, config, kernels="fused").fused
+
+
 def test_zero_grad(small, config: OptimConfig) -> None:
     optimizer = Optimizer(small.named, small.roles, config)
     small.fill_gradients(0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epigram.optim.orthogonalize import coefficients, normalize_rows, orthogonalize
+from epigram.kernels.muon import normalize_rows
+from epigram.optim.orthogonalize import coefficients, orthogonalize
 
 SHAPES = [(3, 32, 32), (3, 24, 64), (3, 64, 24)]
 # What five iterations leave of singular values that start at 0.01 of the Frobenius norm or more: the

@@ -8,19 +8,29 @@ A backend is one file in this folder with two functions:
 Legend: B sequences, Tq queries, Tk >= Tq keys (the queries are the last Tq positions of the keys), H query heads, K
 key/value heads, D head size. q is (B, Tq, H, D), k and v are (B, Tk, K, D), out is (B, Tq, H, D); query head h reads
 key/value head h // (H // K); logits are scaled by D ** -0.5. `window` = w > 0 lets position t see keys t-w..t, which
-are w + 1 keys (the convention of the FlashAttention family); 0 means the whole prefix.
+are w + 1 keys (the convention of the FlashAttention family); 0 means the whole prefix. The inputs may be views into a
+larger tensor. A backend whose backward pass is quicker with as many key/value heads as query heads sets
+`attend.equal_heads = True`: kernels that write the heads anyway then write them repeated.
+
+"auto" takes the fastest of the backends that can serve the request, as `measure` finds them, and without one the first
+in the order of `epigram.capability`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from epigram import plugin
+from epigram.capability import Capability, rows, support
 from epigram.errors import UserError
 
 PACKAGE = "epigram.attention"
+ORACLE = "reference"
+"""The backend that "auto" never takes: it writes out the whole matrix of logits."""
+
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -29,16 +39,39 @@ class Request:
     """What a layer needs.
 
     capability: the CUDA compute capability (major, minor), None elsewhere. compiled: called inside a compiled graph.
+    backward: gradients are needed, which is not so for scoring.
     """
 
     device_type: str
-    capability: tuple[int, int] | None
+    capability: Capability | None
     dtype: torch.dtype
     head_dim: int
     num_heads: int
     num_kv_heads: int
     window: int
     compiled: bool = False
+    backward: bool = True
+
+
+Measure = Callable[[Mapping[str, Attend], Request], Mapping[str, float]]
+"""Milliseconds of each backend for a request; infinity for one that failed. All processes must get the same numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The backend that serves a kind of layer. times_ms: what was measured to choose it, empty where nothing was."""
+
+    name: str
+    attend: Attend
+    times_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """In a line: `flash4 (0.52 ms; cudnn 0.61, flex 0.8)`."""
+        if self.name not in self.times_ms:
+            return self.name
+        others = sorted((ms, name) for name, ms in self.times_ms.items() if name != self.name)
+        words = [f"{name} {ms:.3g}" if math.isfinite(ms) else f"{name} failed" for ms, name in others]
+        return f"{self.name} ({self.times_ms[self.name]:.3g} ms" + ("; " + ", ".join(words) if words else "") + ")"
 
 
 def expand_heads(k: Tensor, num_heads: int) -> Tensor:
@@ -57,36 +90,60 @@ def band_mask(num_queries: int, num_keys: int, window: int, device: torch.device
 
 def usable(request: Request) -> dict[str, str | None]:
     """Every backend of the folder with the reason why it cannot serve `request` (None: it can)."""
-    reasons: dict[str, str | None] = {}
-    for name in plugin.names(PACKAGE):
-        try:
-            reasons[name] = plugin.load(PACKAGE, name).check(request)
-        except UserError as error:  # its library is not installed
-            reasons[name] = str(error)
-    return reasons
+    return {name: why_not(name, request) for name in plugin.names(PACKAGE)}
 
 
-def choose(name: str, request: Request) -> tuple[str, Attend]:
-    """The backend called `name`, or for "auto" the preferred one among those that can serve `request`.
+def why_not(name: str, request: Request) -> str | None:
+    """Why backend `name` cannot serve `request`, in a sentence; None when it can."""
+    try:
+        reason: str | None = plugin.load(PACKAGE, name).check(request)
+    except UserError as error:  # its library is not installed, or does not load
+        return str(error)
+    return reason
 
-    Raises UserError when the named backend cannot honour the request: nothing falls back silently.
+
+def candidates(request: Request) -> tuple[str, ...]:
+    """The backends that "auto" chooses from: those that can serve `request`, in the order of the capability table.
+
+    What the table does not name for this kind of device is not even loaded; what it does not name at all, because
+    somebody added it to the folder, comes last. Raises UserError when there is none.
     """
-    if name == "auto":
-        name = _preferred(request)
+    row = support(request.device_type, request.capability)
+    known = {ORACLE}.union(*((*any_row.full, *any_row.windowed) for any_row in rows()))
+    added = [name for name in plugin.names(PACKAGE) if name not in known]
+    reasons = {name: why_not(name, request) for name in (*(row.windowed if request.window else row.full), *added)}
+    found = tuple(name for name, reason in reasons.items() if reason is None)
+    if not found:
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UserError(f"no attention backend can serve this model here: {said}")
+    return found
+
+
+def choose(name: str, request: Request, measure: Measure | None = None) -> Choice:
+    """The backend called `name`, or for "auto" the best one among those that can serve `request`.
+
+    Raises UserError when the named backend cannot honour the request, or when every one that was measured failed:
+    nothing falls back silently.
+    """
+    if name != "auto":
+        return Choice(name=name, attend=_load(name, request))
+    names = candidates(request)
+    if measure is None:
+        return Choice(name=names[0], attend=_load(names[0], request))
+    # The numbers decide, and not this process's own list: they are the same in every process, the list may not be.
+    times_ms = measure({n: _load(n, request) for n in names}, request)
+    best = min(times_ms, key=lambda n: times_ms[n])
+    if not math.isfinite(times_ms[best]):
+        raise UserError(
+            f"every attention backend failed that was tried here ({', '.join(times_ms)}); the warnings before this "
+            "say how. Choose one by run.attention to see its error in full"
+        )
+    return Choice(name=best, attend=_load(best, request), times_ms=times_ms)
+
+
+def _load(name: str, request: Request) -> Attend:
     module = plugin.load(PACKAGE, name)
     if reason := module.check(request):
         raise UserError(f"attention = {name!r} cannot be used here: {reason}")
-    return name, module.attend
-
-
-def _preferred(request: Request) -> str:
-    """flash4 wherever it runs; else on CUDA flex for windows, since it skips whole tiles; else sdpa."""
-    windowed_on_cuda = request.device_type == "cuda" and request.window > 0
-    order = ("flash4", "flex", "sdpa", "reference") if windowed_on_cuda else ("flash4", "sdpa", "reference")
-    reasons = usable(request)
-    for name in order:
-        if reasons.get(name) is None:
-            return name
-    raise UserError(
-        "no attention backend can serve this model here: " + "; ".join(f"{n}: {r}" for n, r in reasons.items())
-    )
+    attend: Attend = module.attend
+    return attend

@@ -1,17 +1,28 @@
-"""Attention through flash-attn-4: the fastest kernels for Hopper and Blackwell GPUs (extra `flash4`).
+"""Attention through flash-attn-4: kernels for Hopper and Blackwell GPUs (extra `flash4`).
 
-Its calls are not traceable, so they are wrapped as custom operators with fake implementations and a registered
-backward; the compiler then treats each as one opaque kernel.
+Besides `attend` there are `forward` and `backward`, for who writes the gradient of a larger part by hand.
 """
 
 import torch
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 
+from epigram.attention import _flash4_cache
+from epigram.attention._flash import register
 from epigram.attention.base import Request
+from epigram.errors import UserError
+
+_flash4_cache.enable()  # before the library is imported, which is when it reads this
+
+try:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"'flash4' needs flash-attn-4 (there is no module {error.name}): pip install 'epigram[flash4]'"
+    ) from error
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITIES = (9, 10, 11)
+_MOST_HEAD_DIM = 128
 
 
 def check(request: Request) -> str | None:
@@ -19,62 +30,33 @@ def check(request: Request) -> str | None:
     if request.device_type != "cuda" or request.capability is None:
         return "flash4 is for CUDA devices"
     if request.capability[0] not in _CAPABILITIES:
-        return f"flash4 needs a Hopper or Blackwell GPU, this one has compute capability {request.capability}"
+        major, minor = request.capability
+        return f"flash4 is for Hopper and Blackwell data-center GPUs, this one has compute capability {major}.{minor}"
     if request.dtype not in _DTYPES:
         return f"flash4 needs bfloat16 or float16, not {request.dtype}"
-    if request.head_dim % 8 or request.head_dim > 128:
-        return f"flash4 needs a head size that is a multiple of 8 up to 128, not {request.head_dim}"
+    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
+        return f"flash4 needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """See `epigram.attention.base`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, _ = _forward(q, k, v, window)
-    return out
+def _band(window: int) -> dict[str, int | None]:
+    """The library's words for a window: keys to the left and to the right of the query, None for all."""
+    return {"window_size_left": window or None, "window_size_right": 0 if window else None}
 
 
-@torch.library.custom_op("epigram::flash4_forward", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Output, and the log of the softmax's denominators (B, H, T) float32."""
-    found = _flash_attn_fwd(
-        q, k, v, causal=True, window_size_left=window or None, window_size_right=0 if window else None, return_lse=True
-    )
-    return found[0], found[1]
+    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **_band(window))
+    return out, lse
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = q.shape
-    return torch.empty_like(q), q.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-@torch.library.custom_op("epigram::flash4_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _flash_attn_bwd(
-        q, k, v, out, grad, lse, causal=True, window_size_left=window or None, window_size_right=0 if window else None
-    )  # fmt: skip
-    return dq, dk, dv
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, dq=dq, dk=dk, dv=dv, **_band(window))
 
 
-@_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, window = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.window = window  # type: ignore[attr-defined]
-
-
-def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    return *_backward(q, k, v, out, lse, grad.contiguous(), ctx.window), None  # type: ignore[attr-defined]
-
-
-torch.library.register_autograd("epigram::flash4_forward", _gradient, setup_context=_save)
+attend, forward, backward = register("flash4", _forward, _backward)
+# With as many key/value heads as query heads the backward writes their gradients directly; grouped ones go through
+# float32 sums and two conversions: 0.15 ms a layer at 73,728 tokens on an H100.
+attend.equal_heads = True  # type: ignore[attr-defined]

@@ -5,7 +5,6 @@ Each file of this folder describes its operations by plain torch code, which run
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from epigram import plugin
+from epigram.capability import Capability, why_no_triton
 from epigram.errors import UserError
+from epigram.kernels.choice import CHOICES
 from epigram.kernels.products.base import PACKAGE as PRODUCTS
 from epigram.kernels.products.base import Dims
-
-CHOICES = ("auto", "fused", "plain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +65,18 @@ def fused(products: str) -> Kernels:
     return Kernels(name=f"fused, products by {products}", **operations)
 
 
-def why_not_fused(device_type: str, capability: tuple[int, int] | None, dims: Dims) -> str | None:
+def why_not_fused(device_type: str, capability: Capability | None, dims: Dims) -> str | None:
     """Why the fused kernels cannot serve here, in a sentence; None when they can."""
-    if device_type != "cuda" or capability is None:
-        return "the fused kernels are for CUDA devices"
-    if capability < (8, 0):
-        return f"the fused kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if reason := why_no_triton(device_type, capability):
+        return reason
     if dims.dtype not in (torch.bfloat16, torch.float16):
         return f"the fused kernels are for bfloat16 and float16, not {dims.dtype}"
     if dims.carries:
         return "the fused kernels do not know residual lambdas"
-    if importlib.util.find_spec("triton") is None:
-        return "the fused kernels need Triton: pip install 'epigram[kernels]'"
     return None
 
 
-def choose(name: str, device_type: str, capability: tuple[int, int] | None, dims: Dims) -> Kernels:
+def choose(name: str, device_type: str, capability: Capability | None, dims: Dims) -> Kernels:
     """The kernels called `name`; "auto" takes the fused ones where they can serve, over the fastest products.
 
     Raises UserError when the fused ones are asked for where they cannot.
@@ -95,7 +90,7 @@ def choose(name: str, device_type: str, capability: tuple[int, int] | None, dims
     return fused("quack" if _why_not("quack", device_type, capability, dims) is None else "triton")
 
 
-def _why_not(products: str, device_type: str, capability: tuple[int, int] | None, dims: Dims) -> str | None:
+def _why_not(products: str, device_type: str, capability: Capability | None, dims: Dims) -> str | None:
     try:
         reason: str | None = plugin.load(PRODUCTS, products).check(device_type, capability, dims)
     except UserError as error:  # its library is not installed

@@ -3,16 +3,13 @@
 Legend: B sequences, T positions, D model width, V vocabulary.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from epigram.loss import softcap, token_nll, training_loss
 
 
-def head_loss(
-    x: Tensor, embed: Tensor, targets: Tensor, cap: float, gamma: Tensor | None, floor: float
-) -> Tensor:
+def head_loss(x: Tensor, embed: Tensor, targets: Tensor, cap: float, gamma: Tensor | None, floor: float) -> Tensor:
     """The training loss over final states x (B, T, D) and targets (B, T); embed (V, D) in the precision of x.
 
     See `epigram.loss.training_loss` for gamma and floor.

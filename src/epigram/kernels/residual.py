@@ -14,7 +14,7 @@ Coefficients = tuple[Tensor | None, ...]
 
 
 def mix_norm(streams: Streams, coefficients: Coefficients) -> Tensor:
-    """The sum of coefficient * stream, divided by its root mean square, (B, T, D). A coefficient of None stands for one."""
+    """The sum of coefficient * stream, divided by its root mean square: (B, T, D). A coefficient of None is one."""
     total: Tensor | None = None
     for stream, coefficient in zip(streams, coefficients, strict=True):
         part = stream if coefficient is None else coefficient.to(stream.dtype) * stream

@@ -4,8 +4,8 @@
     y(i)      = enters(i) + attention(norm(enters(i)))
     x(i)      = y(i) + mlp(norm(y(i)))
 
-Legend: B sequences, T positions, D model width, H query heads, K key/value heads, d head size, M hidden channels, E width
-of what is added to some layers' values.
+Legend: B sequences, T positions, D model width, H query heads, K key/value heads, d head size, M hidden channels, E
+width of what is added to some layers' values.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,10 @@ See = Callable[[str, Tensor], None]
 class Layer(NamedTuple):
     """One layer: matrices in the compute precision, coefficients in float32.
 
-    own, first (D,): see the module; own is None in the layer that x0 enters. skip: the layer whose output enters besides
-    (not the one before), and its coefficient (D,). qkv ((H + 2 K) d, D), out (D, H d), gain (H,), value (K d, E) or None.
-    up (M, D), down (D, M). window: of attention, 0 for the whole prefix. exclude: XSA, see `exclude_own_value`.
+    own, first (D,): see the module; own is None in the layer that x0 enters. skip: the layer whose output enters
+    besides (not the one before), and its coefficient (D,). qkv ((H + 2 K) d, D), out (D, H d), gain (H,), value
+    (K d, E) or None. up (M, D), down (D, M). window: of attention, 0 for the whole prefix. exclude: XSA, see
+    `exclude_own_value`.
     attend: the attention backend. carry: (2,) factors on the stream in both residual sums, or None.
     """
 
@@ -88,7 +89,9 @@ def _entering(layer: Layer, x0: Tensor, outputs: list[Tensor]) -> Tensor:
     return x
 
 
-def _attention(x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None) -> Tensor:
+def _attention(
+    x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None
+) -> Tensor:
     h = norm(x)
     q, k, v = shape.counts.split(F.linear(h, layer.qkv))
     if layer.value is not None:

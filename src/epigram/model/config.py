@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes in channels, counts, token positions; layers count from 0.

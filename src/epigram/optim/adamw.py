@@ -1,8 +1,9 @@
 """AdamW for everything that is no weight matrix: embedding tables, gates, scales and small projections.
 
-The arithmetic is torch's fused multi-tensor kernel, one call a group. A control tensor that stacks its layers
-on axis 0 may belong to two groups with different learning rates: each takes its slice as a view, so nothing
-is copied.
+The arithmetic is torch's fused multi-tensor kernel, one call a group. It is called as torch.optim calls it, without
+the sorting by device and dtype around it, which costs the host more than the kernel costs the device. A control
+tensor that stacks its layers on axis 0 may belong to two groups with different learning rates: each takes its slice
+as a view, so nothing is copied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from epigram.optim.base import Group, outside, refuse
 
@@ -90,30 +90,37 @@ class AdamW:
         return {"steps": self._steps, **state}
 
     @torch.no_grad()
-    def step(self, lr_multiplier: Tensor) -> None:
-        """Update the parameters from their gradients. lr_multiplier: 0-dim float32 tensor on their device."""
+    def step(self, lr_multiplier: Tensor, scale: Tensor) -> None:
+        """Update the parameters from their gradients times `scale`, which become that product.
+
+        Both arguments: 0-dim float32 tensor on the parameters' device.
+        """
+        if not self._groups:
+            return
+        self._steps += 1
         lrs = (self._lrs * lr_multiplier).unbind()
+        divisor = scale.reciprocal()  # the kernel divides, as is usual in training with a scaled loss
         counts = self._steps.split([len(group.parts) for group in self._groups])
         for group, lr, steps in zip(self._groups, lrs, counts, strict=True):
-            self._step_group(group, lr, list(steps.unbind()))
+            self._step_group(group, lr, divisor, steps)
 
-    def _step_group(self, group: Group, lr: Tensor, steps: list[Tensor]) -> None:
+    def _step_group(self, group: Group, lr: Tensor, divisor: Tensor, steps: Tensor) -> None:
         gradients = {part.name: self._parameters[part.name].grad for part in group.parts}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         assert not missing, f"no gradient for {', '.join(missing)}"
-        adamw(
+        torch._fused_adamw_(
             [part.of(self._parameters[part.name].detach()) for part in group.parts],
             [part.of(gradient) for part in group.parts if (gradient := gradients[part.name]) is not None],
             [part.of(self._exp_avg[part.name]) for part in group.parts],
             [part.of(self._exp_avg_sq[part.name]) for part in group.parts],
             [],
-            steps,
-            fused=True,
-            amsgrad=False,
+            list(steps.unbind()),
+            lr=lr,
             beta1=self._config.beta1,
             beta2=self._config.beta2,
-            lr=lr,
             weight_decay=group.weight_decay,
             eps=self._config.eps,
+            amsgrad=False,
             maximize=False,
+            grad_scale=divisor,
         )

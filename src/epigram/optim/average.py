@@ -31,9 +31,11 @@ class AverageConfig:
 
 
 class Average(Protocol):
-    """What every mode offers."""
+    """What every mode offers. `update` is `set_weight`, on the host, and `apply`, the same launches each time."""
 
     def update(self) -> None: ...
+    def set_weight(self) -> None: ...
+    def apply(self) -> None: ...
     def copy_to(self) -> None: ...
     def swap(self) -> None: ...
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -43,7 +45,8 @@ class Average(Protocol):
 class Ema:
     """Exponential moving average of `params` in float32, started from their values, without bias correction.
 
-    After each step average <- decay * average + (1 - decay) * weight, as one multi-tensor operation.
+    After each step average <- decay * average + (1 - decay) * weight, as one multi-tensor operation, which reads
+    1 - decay from the device.
     """
 
     def __init__(
@@ -57,21 +60,42 @@ class Ema:
         self._decay = decay
         self._start_step = start_step
         self._decay_warmup = decay_warmup
+        device = next(iter(self._averages.values())).device
+        self._minus_weight = torch.zeros((), dtype=torch.float32, device=device)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after a step."""
-        averages = list(self._averages.values())
+        self.set_weight()
+        self.apply()
+
+    def set_weight(self) -> None:
+        """First half of an update: count it, and put what the weights count for where `apply` reads it."""
         averaged_steps = int(self._num_updates) - self._start_step
         self._num_updates += 1
-        if averaged_steps < 0:
-            torch._foreach_copy_(averages, self._weights())
-            return
-        weights = [weight.float() for weight in self._weights()]
         decay = self._decay
-        if self._decay_warmup:
+        if averaged_steps < 0:
+            decay = 0.0
+        elif self._decay_warmup:
             decay = min(decay, (1 + averaged_steps) / (10 + averaged_steps))
-        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        self._minus_weight.fill_(decay - 1.0)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Second half of an update, what a CUDA graph may record."""
+        # A step of SGD with learning rate -weight and weight decay -1 is average += weight * (w - average), and
+        # unlike torch's multi-tensor lerp it takes its factor from the device.
+        torch._fused_sgd_(
+            list(self._averages.values()),
+            [weight.float() for weight in self._weights()],
+            [],
+            weight_decay=-1.0,
+            momentum=0.0,
+            lr=self._minus_weight,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
 
     @torch.no_grad()
     def copy_to(self) -> None:
@@ -104,6 +128,12 @@ class NoAverage:
     """Mode "none": the weights stand for themselves."""
 
     def update(self) -> None:
+        """Nothing to take in."""
+
+    def set_weight(self) -> None:
+        """Nothing to count."""
+
+    def apply(self) -> None:
         """Nothing to take in."""
 
     def copy_to(self) -> None:

@@ -7,9 +7,11 @@ process that runs several lanes runs them in turn:
     for lane in my_lanes:
         loss(lane).backward()
         gradients.add(lane)
-    norms = gradients.finish(all_reduce_sum)
+    norms, scale = gradients.finish(all_reduce_sum)
+    optimizer.step(lr_multiplier, momentum, scale)
 
-Nothing here waits for the device.
+What clipping multiplies the gradients with is left to the optimizer as a number on the device, so that with one lane
+a process reads them for their norm and writes nothing. Nothing here waits for the device.
 """
 
 import math
@@ -57,16 +59,20 @@ def lane_weights(lane_tokens: Sequence[int], mode: str) -> list[float]:
     return [tokens / sum(lane_tokens) for tokens in lane_tokens]
 
 
-class GradientNorms(NamedTuple):
-    """What was measured on the way, as device tensors.
+class Gathered(NamedTuple):
+    """What `finish` says beside the gradients, as device tensors.
 
     norms: float32, before clipping: with clip "lane" one of each lane that this process added, in that order,
-    else one of the average over all lanes. finite: 0-dim bool, whether all those norms are finite, and so
-    every gradient; with clip "lane" it speaks of this process's lanes only.
+    else one of the average over all lanes. scale: 0-dim float32; the average is `.grad` times it.
     """
 
     norms: Tensor
-    finite: Tensor
+    scale: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """0-dim bool: whether all norms are finite, and so every gradient that they were taken of."""
+        return torch.isfinite(self.norms).all()
 
 
 class LaneGradients:
@@ -85,6 +91,7 @@ class LaneGradients:
         self._max_norm = max_norm
         self._weights = tuple(lane_weights)
         self._sum: list[Tensor] = []
+        self._factor: Tensor | float = 1.0  # what the sum is still to be multiplied with
         self._lanes: list[int] = []
         self._norms: list[Tensor] = []
 
@@ -92,51 +99,62 @@ class LaneGradients:
     def add(self, lane: int, *, lent: bool = False) -> None:
         """Take the gradient that lane `lane`'s backward pass left in `.grad`, which is then empty again.
 
-        The first lane's tensors become the sum, so a single lane copies nothing. lent: the tensors will be overwritten
-        by the next lane's backward pass; then the sum gets tensors of its own.
+        The first lane's tensors become the sum, and are scaled only when something is added to them. lent: the tensors
+        will be overwritten by the next lane's backward pass; then the sum gets tensors of its own.
         """
         assert lane not in self._lanes, f"lane {lane} was added twice"
         missing = [name for name, p in self._named.items() if p.grad is None]
         assert not missing, f"lane {lane} gave no gradient for {', '.join(missing)}"
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
         self._lanes.append(lane)
-        weight = self._weights[lane]
+        factor: Tensor | float = self._weights[lane]
         if self._clip == "lane":
             norm = total_norm(gradients)
             self._norms.append(norm)
-            torch._foreach_mul_(gradients, _clip_factor(norm, self._max_norm) * weight)
-            weight = 1.0
+            factor = _clip_factor(norm, self._max_norm) * factor
         if self._sum:
-            torch._foreach_add_(self._sum, gradients, alpha=weight)
+            self._settle()
+            if isinstance(factor, Tensor):  # torch adds with a factor only if that is known to the host
+                torch._foreach_mul_(gradients, factor)
+                factor = 1.0
+            torch._foreach_add_(self._sum, gradients, alpha=factor)
         elif lent:
-            self._sum = list(torch._foreach_mul(gradients, weight))
+            self._sum = list(torch._foreach_mul(gradients, factor))
         else:
-            self._sum = gradients
-            if weight != 1.0:
-                torch._foreach_mul_(gradients, weight)
+            self._sum, self._factor = gradients, factor
         for parameter in self._named.values():
             parameter.grad = None
 
     @torch.no_grad()
-    def finish(self, reduce: Callable[[list[Tensor]], None] | None = None) -> GradientNorms:
-        """Put the average over all lanes of all processes into `.grad`.
+    def finish(self, reduce: Callable[[list[Tensor]], None] | None = None) -> Gathered:
+        """Put the average over all lanes of all processes, up to a scale, into `.grad`.
 
         reduce: sums a list of tensors over the processes, in place; None where this process ran all lanes.
-        Clips the average when `clip` is "global".
+        With clip "global" the scale is what clips the average.
         """
         assert self._lanes, "no lane was added"
         assert reduce is not None or len(self._lanes) == len(self._weights), "lanes are missing"
         if reduce is not None:
+            self._settle()
             reduce(self._sum)
+        # Without clipping of lanes nothing is put off any more, since the weights sum to 1.
+        factor = self._factor
+        scale = factor if isinstance(factor, Tensor) else torch.full((), factor, device=self._sum[0].device)
         if self._clip != "lane":
             self._norms = [total_norm(self._sum)]
         if self._clip == "global":
-            torch._foreach_mul_(self._sum, _clip_factor(self._norms[0], self._max_norm))
+            scale = _clip_factor(self._norms[0], self._max_norm)
         for parameter, gradient in zip(self._named.values(), self._sum, strict=True):
             parameter.grad = gradient
         norms = torch.stack(self._norms)
-        self._sum, self._lanes, self._norms = [], [], []
-        return GradientNorms(norms, torch.isfinite(norms).all())
+        self._sum, self._factor, self._lanes, self._norms = [], 1.0, [], []
+        return Gathered(norms, scale)
+
+    def _settle(self) -> None:
+        """Multiply the sum with what was put off."""
+        if isinstance(self._factor, Tensor) or self._factor != 1.0:
+            torch._foreach_mul_(self._sum, self._factor)
+            self._factor = 1.0
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:

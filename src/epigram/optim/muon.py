@@ -2,13 +2,14 @@
 
 A bank is a 3-D parameter (layers, all rows, cols) whose rows split into matrices (q, k and v, say). One step:
 
-1. momentum m <- mu m + g over each whole bank, and the Nesterov update u = g + mu m;
-2. u is written into batches of equally shaped matrices, over all banks; a matrix with more rows than columns
-   goes in transposed, so that `up` and `down` share a batch; each batch is orthogonalised by one sequence of
-   products;
+1. momentum m <- mu m + s g, with s the scale of the gradients, and the Nesterov update u = s g + mu m; u is
+   written into batches of equally shaped matrices, over all banks; a matrix with more rows than columns goes in
+   transposed, so that `up` and `down` share a batch;
+2. each batch is orthogonalised by one sequence of products;
 3. w <- w (1 - lr wd) - lr kappa u, with a learning rate per layer and kappa = sqrt(max(1, rows / cols)).
 
-The step reads learning rate and momentum from device tensors and never asks the device for a value: it can be
+Fused, the first and the last are one pass each, and the products are those of `kernels.symmetric`.
+The step reads learning rate, momentum and scale from device tensors and never asks the device for a value: it can be
 captured in a CUDA graph. Source: Jordan's Muon; banks and batching from parameter-golf #399, rates by layer
 from #1130.
 """
@@ -16,13 +17,14 @@ from #1130.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from epigram.kernels.muon import descend, nesterov, num_parts
 from epigram.optim.base import Group, not_among, outside, refuse
-from epigram.optim.orthogonalize import MAX_ITERATIONS, coefficients, normalize_rows, orthogonalize
+from epigram.optim.orthogonalize import MAX_ITERATIONS, coefficients, orthogonalize
 from epigram.roles import ParameterRole
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -138,7 +140,10 @@ class Muon:
         roles: Mapping[str, ParameterRole],
         groups: Sequence[Group],
         config: MuonConfig,
+        *,
+        fused: bool = False,
     ) -> None:
+        self._fused = fused
         self._banks = {name: named[name] for name in _bank_names(groups)}
         device = next(iter(self._banks.values())).device if self._banks else torch.device("cpu")
         self._normalize_rows = config.normalize_rows
@@ -148,55 +153,68 @@ class Muon:
         self._momentum = {name: torch.zeros_like(bank, dtype=momentum_dtype) for name, bank in self._banks.items()}
         shapes = {name: tuple(bank.shape) for name, bank in self._banks.items()}
         self._plan = batches({name: roles[name] for name in self._banks}, shapes)
+        # Between the halves of a step lie the updates, (matrices, short, long), and their sums of squares.
+        self._updates = [
+            torch.empty((batch.num_matrices, batch.short, batch.long), dtype=self._dtype, device=device)
+            for batch in self._plan
+        ]
+        parts = [num_parts(batch.short, batch.long, fused=fused) for batch in self._plan]
+        self._squares = [
+            torch.empty((batch.num_matrices, n), dtype=torch.float32, device=device)
+            for batch, n in zip(self._plan, parts, strict=True)
+        ]
         self._set_factors(_rates_by_layer(groups, shapes), device)
 
     def _set_factors(self, rates: Mapping[str, Sequence[tuple[float, float]]], device: torch.device) -> None:
-        """Pack -lr wd of all layers of all banks, then -lr kappa of all matrices in the order of the plan."""
+        """Pack -lr wd of all matrices in the order of the plan, and then -lr kappa of all matrices."""
         segments = [segment for batch in self._plan for segment in batch.segments]
-        decays = [-lr * decay for bank in self._banks for lr, decay in rates[bank]]
-        steps = [-lr * seg.kappa for seg in segments for lr, _ in rates[seg.bank][slice(*seg.layers)]]
-        self._num_decays = len(decays)
-        self._sizes = [*(len(rates[bank]) for bank in self._banks), *(seg.num_matrices for seg in segments)]
-        self._base_factors = torch.tensor([*decays, *steps], dtype=torch.float32, device=device)
+        matrices = [(seg.kappa, *pair) for seg in segments for pair in rates[seg.bank][slice(*seg.layers)]]
+        factors = [[-lr * decay for _, lr, decay in matrices], [-lr * kappa for kappa, lr, _ in matrices]]
+        self._sizes = [segment.num_matrices for segment in segments]
+        self._base_factors = torch.tensor(factors, dtype=torch.float32, device=device)
 
     def state(self) -> dict[str, Tensor]:
         """The live momentum of each bank, shaped like the bank."""
         return {f"momentum.{name}": momentum for name, momentum in self._momentum.items()}
 
+    def step(self, lr_multiplier: Tensor, momentum: Tensor, scale: Tensor) -> None:
+        """Update the banks from their gradients times `scale`. All arguments: 0-dim float32, on their device."""
+        self.absorb(momentum, scale)
+        self.apply(lr_multiplier)
+
     @torch.no_grad()
-    def step(self, lr_multiplier: Tensor, momentum: Tensor) -> None:
-        """Update the banks from their gradients. Both arguments: 0-dim float32, on their device."""
+    def absorb(self, momentum: Tensor, scale: Tensor) -> None:
+        """First half of a step, which reads the gradients: momentum, and the updates before orthogonalisation."""
         gradients = {name: _gradient(name, bank) for name, bank in self._banks.items()}
-        decays, steps = map(iter, self._factors(lr_multiplier))
-        for name, bank in self._banks.items():
-            buffer = self._momentum[name]
-            torch.addcmul(gradients[name], buffer, momentum, out=buffer)
-            bank.mul_(next(decays))
-        for batch in self._plan:
-            update = self._nesterov(batch, gradients, momentum)
-            update = orthogonalize(update, self._triples, self._dtype)
-            for segment, matrices in _split(batch, update):
+        for batch, update, squares in zip(self._plan, self._updates, self._squares, strict=True):
+            for segment, matrices, sums in _split(batch, update, squares):
+                nesterov(
+                    segment.of(gradients[segment.bank]),
+                    segment.of(self._momentum[segment.bank]),
+                    segment.oriented(matrices),
+                    sums,
+                    momentum,
+                    scale,
+                    normalize=self._normalize_rows,
+                    fused=self._fused,
+                )
+
+    @torch.no_grad()
+    def apply(self, lr_multiplier: Tensor) -> None:
+        """Second half of a step, on memory that never moves: orthogonalise the updates, and change the weights."""
+        factors = iter(self._factors(lr_multiplier))
+        for batch, update, squares in zip(self._plan, self._updates, self._squares, strict=True):
+            orthogonal = orthogonalize(update, self._triples, self._dtype, squares, fused=self._fused)
+            for segment, matrices in _split(batch, orthogonal):
                 weight = segment.of(self._banks[segment.bank])
-                weight.addcmul_(segment.oriented(matrices), next(steps))
+                descend(weight, segment.oriented(matrices), *next(factors), fused=self._fused)
 
-    def _factors(self, lr_multiplier: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """1 - lr wd for each bank and -lr kappa for each segment, as (layers, 1, 1)."""
+    def _factors(self, lr_multiplier: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """1 - lr wd and -lr kappa of each matrix, by segment in the order of the plan."""
         factors = self._base_factors * lr_multiplier
-        factors[: self._num_decays] += 1.0
-        parts = [part.view(-1, 1, 1) for part in factors.split(self._sizes)]
-        return parts[: len(self._banks)], parts[len(self._banks) :]
-
-    def _nesterov(self, batch: Batch, gradients: Mapping[str, Tensor], momentum: Tensor) -> Tensor:
-        """The updates g + mu m of a batch, (matrices, short, long), in the compute dtype."""
-        reference = next(iter(gradients.values()))
-        update = reference.new_empty((batch.num_matrices, batch.short, batch.long), dtype=self._dtype)
-        for segment, matrices in _split(batch, update):
-            rows = segment.oriented(matrices)
-            gradient, buffer = segment.of(gradients[segment.bank]), segment.of(self._momentum[segment.bank])
-            torch.addcmul(gradient, buffer, momentum, out=rows)
-            if self._normalize_rows:
-                rows.copy_(normalize_rows(rows))
-        return update
+        factors[0] += 1.0
+        decays, rates = (row.split(self._sizes) for row in factors.unbind())
+        return list(zip(decays, rates, strict=True))
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -225,9 +243,10 @@ def _rates_by_layer(
     return rates
 
 
-def _split(batch: Batch, stacked: Tensor) -> list[tuple[Segment, Tensor]]:
+def _split(batch: Batch, *stacked: Tensor) -> list[tuple[Any, ...]]:
+    """Each segment with its part of every tensor."""
     sizes = [segment.num_matrices for segment in batch.segments]
-    return list(zip(batch.segments, stacked.split(sizes), strict=True))
+    return list(zip(batch.segments, *(tensor.split(sizes) for tensor in stacked), strict=True))
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from epigram.kernels.choice import use_fused
 from epigram.optim.adamw import AdamW
 from epigram.optim.base import restore
 from epigram.optim.groups import OptimConfig, assign
@@ -15,13 +16,20 @@ from epigram.roles import ParameterRole
 class Optimizer:
     """Updates all parameters of `named` in place; `groups` says which rule and rates each has.
 
-    Parameters are float32 and on one device. The learning rate multiplier and the momentum live in device
-    tensors, so that a step neither waits for the host nor changes anything that a compiler or a CUDA graph
-    has recorded.
+    Parameters are float32 and on one device. The learning rate multiplier, the momentum and the scale of the
+    gradients live in device tensors, so that a step neither waits for the host nor changes anything that a
+    compiler or a CUDA graph has recorded.
+
+    kernels: who computes Muon, see `kernels.choice`; raises UserError for "fused" where that cannot be.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], roles: Mapping[str, ParameterRole], config: OptimConfig
+        self,
+        named: Mapping[str, nn.Parameter],
+        roles: Mapping[str, ParameterRole],
+        config: OptimConfig,
+        *,
+        kernels: str = "auto",
     ) -> None:
         wrong = [name for name, p in named.items() if p.dtype != torch.float32 or not p.is_contiguous()]
         assert not wrong, f"not float32 and contiguous: {', '.join(wrong)}"
@@ -29,28 +37,47 @@ class Optimizer:
         assert len(devices) == 1, f"parameters on several devices: {devices}"
         self.groups = assign(named, roles, config)
         self._parameters = list(named.values())
-        self._muon = Muon(named, roles, [group for group in self.groups if group.rule == "muon"], config.muon)
-        self._adamw = AdamW(named, [group for group in self.groups if group.rule == "adamw"], config.adamw)
-        self._lr_multiplier = torch.zeros((), dtype=torch.float32, device=devices.pop())
+        self.device = devices.pop()
+        self.fused = use_fused(kernels, self.device)
+        muon, adamw = ([group for group in self.groups if group.rule == rule] for rule in ("muon", "adamw"))
+        self._muon = Muon(named, roles, muon, config.muon, fused=self.fused)
+        self._adamw = AdamW(named, adamw, config.adamw)
+        self._lr_multiplier = torch.zeros((), dtype=torch.float32, device=self.device)
         self._momentum = torch.zeros_like(self._lr_multiplier)
+        self._scale = torch.ones_like(self._lr_multiplier)
 
-    def step(self, lr_multiplier: float, momentum: float) -> None:
-        """One update from the gradients in `.grad`, which every parameter must have.
+    def step(self, lr_multiplier: float, momentum: float, scale: Tensor | None = None) -> None:
+        """One update from the gradients in `.grad`, which every parameter must have, times `scale`.
 
-        lr_multiplier scales all base learning rates (and with them the weight decay); momentum is Muon's.
+        lr_multiplier scales all base learning rates (and with them the weight decay); momentum is Muon's; scale
+        is a 0-dim float32 tensor on the parameters' device, such as clipping gives, None being 1. The step uses
+        the gradients up: afterwards some of them are scaled and some are not.
         """
-        self.set_rates(lr_multiplier, momentum)
+        self.set_rates(lr_multiplier, momentum, scale)
         self.update()
 
-    def set_rates(self, lr_multiplier: float, momentum: float) -> None:
-        """First half of a step: put both numbers where `update` reads them."""
+    def set_rates(self, lr_multiplier: float, momentum: float, scale: Tensor | None = None) -> None:
+        """First half of a step: put the three numbers where `update` reads them."""
         self._lr_multiplier.fill_(lr_multiplier)
         self._momentum.fill_(momentum)
+        if scale is None:
+            self._scale.fill_(1.0)
+        else:
+            self._scale.copy_(scale)
 
     def update(self) -> None:
-        """Second half of a step, the same launches each time: what a CUDA graph may record."""
-        self._muon.step(self._lr_multiplier, self._momentum)
-        self._adamw.step(self._lr_multiplier)
+        """Second half of a step, the same launches each time."""
+        self.absorb()
+        self.apply()
+
+    def absorb(self) -> None:
+        """The part of `update` that reads gradients: all of AdamW, and Muon's momentum."""
+        self._adamw.step(self._lr_multiplier, self._scale)
+        self._muon.absorb(self._momentum, self._scale)
+
+    def apply(self) -> None:
+        """The rest of `update`, on memory that never moves, so that a CUDA graph may record it."""
+        self._muon.apply(self._lr_multiplier)
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding."""

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from epigram.kernels import symmetric
+from epigram.kernels.muon import square_sums
+
 Coefficients = tuple[float, float, float]
 
 # (a, b, c) of X <- a X + (b A + c A A) X with A = X Xᵀ. One triple for all iterations: the slope at zero is
@@ -26,9 +29,6 @@ _POLAR_EXPRESS: tuple[Coefficients, ...] = (
 )
 MAX_ITERATIONS = {"quintic": 100, "polar_express": len(_POLAR_EXPRESS)}
 
-_FROBENIUS_EPS = 1e-7  # published; it also keeps a zero matrix zero
-_ROW_EPS = 1e-7
-
 
 def coefficients(name: str, num_iterations: int) -> tuple[Coefficients, ...]:
     """The triples of each iteration: "quintic" repeats one, "polar_express" takes the first of its five."""
@@ -36,38 +36,27 @@ def coefficients(name: str, num_iterations: int) -> tuple[Coefficients, ...]:
     return (_QUINTIC,) * num_iterations if name == "quintic" else _POLAR_EXPRESS[:num_iterations]
 
 
-def orthogonalize(matrices: Tensor, triples: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
+def orthogonalize(
+    matrices: Tensor,
+    triples: Sequence[Coefficients],
+    dtype: torch.dtype,
+    squares: Tensor | None = None,
+    *,
+    fused: bool = False,
+) -> Tensor:
     """Approximate polar factors U Vᵀ of `matrices` (n, rows, cols), computed and returned in `dtype`.
 
     The iterations work on the short side: a batch with rows > cols is transposed as a view, and so is the
-    result. A zero matrix gives a zero matrix.
+    result. A zero matrix gives a zero matrix. squares: (n, parts) float32 with the squared Frobenius norms as
+    sums over the parts, where the caller has them. fused: the products by the kernels of `kernels.symmetric`.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
-        return orthogonalize(matrices.mT, triples, dtype).mT
-    x = _unit_frobenius(matrices.to(dtype))
+        return orthogonalize(matrices.mT, triples, dtype, squares, fused=fused).mT
+    x = matrices.to(dtype)
+    norms: Tensor | None = square_sums(x) if squares is None else squares
     for a, b, c in triples:
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        gram = symmetric.gram(x, norms, fused=fused)
+        polynomial = symmetric.polynomial(gram, b, c, fused=fused)
+        x = symmetric.advance(x, polynomial, a, norms, fused=fused)
+        norms = None  # only the first iteration's input is not yet divided by its norm
     return x
-
-
-def normalize_rows(matrices: Tensor) -> Tensor:
-    """Each row of (n, rows, cols) divided by its L2 norm: MuonEq-R, done before orthogonalisation.
-
-    Rows are those of the weight as the model stores it: call it before transposing. Source: parameter-golf
-    #1217.
-    """
-    norm = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True, dtype=_at_least_float32(matrices.dtype))
-    return matrices / norm.clamp_min(_ROW_EPS).to(matrices.dtype)
-
-
-def _unit_frobenius(matrices: Tensor) -> Tensor:
-    # The norm is summed in float32 and rounded only then. In bfloat16 its rounding scales a whole matrix by
-    # at most 1 + 2^-8, which the iterations undo, and the division stays one pass.
-    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=_at_least_float32(matrices.dtype))
-    return matrices / (norm + _FROBENIUS_EPS).to(matrices.dtype)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

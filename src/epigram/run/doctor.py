@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from epigram.attention.base import Request
+    from epigram.capability import Support
 
 _GIB, _GB = 1 << 30, 10**9
 _LEAST_DISK_BYTES = 5 * _GB  # checkpoints of a run of pr1212 take about 0.5 GB each
@@ -33,6 +34,11 @@ _LEAST_MEMORY_BYTES = 4 * _GB
 # Optional libraries: module, what it is for, how to install it.
 _OPTIONAL = (
     ("flash_attn.cute", "attention kernels for Hopper and Blackwell GPUs", "pip install 'epigram[flash4]'"),
+    (
+        "flash_attn_interface",
+        "FlashAttention 3 on Hopper GPUs",
+        "build it from source, in the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
     ("triton", "fused kernels and compilation on GPUs", "comes with torch's CUDA builds on Linux"),
     ("pyarrow", ".parquet files as a source of text", "pip install 'epigram[parquet]'"),
     ("tensorboard", "the metrics writer tensorboard", "pip install 'epigram[tensorboard]'"),
@@ -110,10 +116,14 @@ def _gpus() -> Iterator[Finding]:
     found = machine.gpus()
     if not found:
         yield _finding("machine", "GPU", "none that torch can use", _gpu_advice())
+        return
+    from epigram.capability import support
+
     for index, gpu in enumerate(found):
         major, minor = gpu["capability"]
         memory = f"{gpu['memory_bytes'] / _GIB:.0f} GiB"
-        old = "no fast bfloat16 before capability 8.0: it trains in float32" if (major, minor) < (8, 0) else ""
+        slow = "bfloat16" not in str(support("cuda", (major, minor)).precision)
+        old = "it computes in float32, not in bfloat16 on tensor cores as GPUs from Ampere on do" if slow else ""
         yield _finding("machine", f"GPU {index}", f"{gpu['name']}, capability {major}.{minor}, {memory}", old)
 
 
@@ -185,61 +195,85 @@ def _importable(module: str) -> bool:
 
 
 def _paths() -> Iterator[Finding]:
-    """What a run would choose by itself, asked of the code that chooses."""
+    """What a run would choose by itself on each kind of device, asked of the code that chooses, and why."""
     try:
-        from epigram.dist.context import Context, pick_device
-        from epigram.run.setup import pick_precision, should_compile
+        from epigram.dist.context import pick_device
     except ImportError as error:
         yield _finding("paths", "import", str(error), "the installation is incomplete: install again", "problem")
         return
-    context = Context(device=pick_device())
-    dtype, words = pick_precision("auto", context)
-    yield _finding("paths", "device", words["device"])
-    yield _finding("paths", "precision", words["precision"])
-    compiled = should_compile("auto", context)
-    yield _finding("paths", "compile", "on" if compiled else "off")
-    yield from _attention(context.device.type, context.capability, dtype, compiled)
+    kinds = {(gpu["name"], tuple(gpu["capability"])) for gpu in machine.gpus()}
+    if not kinds:
+        device_type = pick_device().type
+        yield from explain("paths", device_type, device_type, None)
+    for name, capability in sorted(kinds):
+        yield from explain("paths" if len(kinds) == 1 else f"paths on {name}", name, "cuda", capability)
 
 
-def _attention(
-    device_type: str, capability: tuple[int, int] | None, dtype: "torch.dtype", compiled: bool = True
-) -> Iterator[Finding]:
-    """Every backend, asked for the layers of pr1212: 8 heads of 64 over 4, with and without a window."""
-    from epigram.attention.base import PACKAGE, Request
+def explain(part: str, name: str, device_type: str, capability: tuple[int, int] | None) -> Iterator[Finding]:
+    """What a run chooses on the device `name` and why: precision, compilation, kernels and attention."""
+    from epigram.capability import support, why_no_compile, why_no_triton
+    from epigram.run.setup import compiler_available
 
-    requests = {
-        kind: Request(
-            device_type=device_type,
-            capability=capability,
-            dtype=dtype,
-            head_dim=64,
-            num_heads=8,
-            num_kv_heads=4,
-            window=window,
-            compiled=compiled,
-        )
-        for kind, window in (("full", 0), ("windowed", 512))
-    }
-    for kind, request in requests.items():
-        yield _chosen(f"attention, {kind}", request)
+    row = support(device_type, capability)
+    yield _finding(part, "device", f"{name}: one of the {row.device}" if capability else name)
+    yield _finding(part, "precision", f"{str(row.precision).removeprefix('torch.')}: {row.precision_reason}")
+    why_not = why_no_compile(device_type, capability) or (None if compiler_available() else "there is no C++ compiler")
+    yield _finding(part, "compile", f"off: {why_not}" if why_not else f"on: {row.compile_reason}")
+    no_triton = why_no_triton(device_type, capability)
+    yield _finding(part, "Triton kernels", f"off: {no_triton}" if no_triton else f"on: {row.triton_reason}")
+    for kind, window in (("full", 0), ("windowed", 512)):
+        yield from _attention(part, kind, row, _request(device_type, capability, row.precision, window, not why_not))
+
+
+def _request(
+    device_type: str, capability: tuple[int, int] | None, dtype: "torch.dtype", window: int, compiled: bool
+) -> "Request":
+    """The layers of pr1212: 8 heads of 64 over 4."""
+    from epigram.attention.base import Request
+
+    return Request(
+        device_type=device_type,
+        capability=capability,
+        dtype=dtype,
+        head_dim=64,
+        num_heads=8,
+        num_kv_heads=4,
+        window=window,
+        compiled=compiled,
+    )
+
+
+def _attention(part: str, kind: str, row: "Support", request: "Request") -> Iterator[Finding]:
+    """The backend that a run takes for layers of this kind, and of every other one why not."""
+    from epigram.attention.base import ORACLE, PACKAGE, candidates
+
+    try:
+        names = candidates(request)
+    except UserError as error:
+        names = ()
+        yield _finding(part, f"attention, {kind}", "none", str(error), "problem")
+    measured = request.device_type == "cuda" and len(names) > 1
+    if names:
+        chosen = f"the fastest of {', '.join(names)}, measured when a run starts" if measured else names[0]
+        yield _finding(part, f"attention, {kind}", f"{chosen}: {row.attention_reason}")
     for name in plugin.names(PACKAGE):
-        for kind, request in requests.items():
-            reason = _why_not(name, request) or ""
-            value = "not usable here" if reason else "usable"
-            yield _finding("attention backends", f"{name}, {kind}", value, reason)
+        if reason := _why_not(name, request, row):
+            yield _finding(part, f"{name}, {kind}", "not usable here", reason)
+        elif name == ORACLE:
+            yield _finding(part, f"{name}, {kind}", "usable, but slow: it is what the others are tested against")
+        elif measured:
+            yield _finding(part, f"{name}, {kind}", "usable: taken where it is the fastest")
+        else:
+            value = "used" if name == names[0] else f"usable, but {names[0]} comes first on this device"
+            yield _finding(part, f"{name}, {kind}", value)
 
 
-def _chosen(name: str, request: "Request") -> Finding:
-    from epigram.attention.base import choose
+def _why_not(name: str, request: "Request", row: "Support") -> str | None:
+    """Why a backend is not usable; that its library is missing matters only where the library would help."""
+    from epigram.attention.base import PACKAGE
 
     try:
-        return _finding("paths", name, choose("auto", request)[0])
-    except (UserError, ImportError) as error:
-        return _finding("paths", name, "none", str(error), "problem")
-
-
-def _why_not(name: str, request: "Request") -> str | None:
-    try:
-        return plugin.load("epigram.attention", name).check(request)
-    except (UserError, ImportError) as error:  # its library is missing, or is there and broken
-        return str(error)
+        reason: str | None = plugin.load(PACKAGE, name).check(request)
+    except UserError as error:
+        return str(error) if name in row.full else f"{name} is not for {row.device}"
+    return reason

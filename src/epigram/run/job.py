@@ -24,6 +24,7 @@ from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
 from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, token_loss
 from epigram.run.size import forecast_bytes
+from epigram.run.speed import scoring_work
 from epigram.run.summary import compressor_rows, log_summary
 from epigram.run.train import figures, save_checkpoint, train
 from epigram.run.train import resume as resume_session
@@ -85,7 +86,8 @@ def export_job(
         check_fit(config, data)
         if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
             raise UserError(f"{data.path} has another tokenizer than {run} was trained with: name the data of the run")
-        model, compiled, paths = build_model(config, context)
+        work = scoring_work(config.score.seq_len, config.score.batch_tokens)
+        model, compiled, paths = build_model(config, context, work)
         restore(model.state_dict(), final_weights(saved), "this model")
         with _record(out or _next_export(run, context), config, context) as record:
             record.environment(environment(paths))

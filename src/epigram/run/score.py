@@ -20,6 +20,7 @@ from epigram.model.gpt import GPT
 from epigram.run.api import Model
 from epigram.run.record import final_line
 from epigram.run.setup import CACHE, attach_attention, attach_kernels, token_loss
+from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
 
 
@@ -82,7 +83,7 @@ def score_model(
     model, data = _open(path, data_path, device)
     context = Context(device=model.gpt.embed.device)
     seq_len = seq_len or model.context_len
-    nll = token_loss(model.gpt, compile_for_scoring(model.gpt, context))
+    nll = token_loss(model.gpt, compile_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens)))
     rows = {}
     for name in methods or METHODS:
         width = seq_len if name == "blocks" else stride or max(seq_len // 8, 1)
@@ -115,11 +116,11 @@ def is_built(path: Path) -> bool:
     return (path / MANIFEST).exists() or is_published_layout(path)
 
 
-def compile_for_scoring(model: GPT, context: Context) -> bool:
+def compile_for_scoring(model: GPT, context: Context, work: Work) -> bool:
     """Fused kernels where they can serve, else compiled on CUDA where a compiler is there; returns whether to compile.
 
-    Attention backends are those that this allows. On a CPU a single score is over before compiling would pay.
+    Attention backends are those that are fastest then at `work`. On a CPU a score is over before compiling would pay.
     """
     compiled, _ = attach_kernels(model, "auto", "auto" if context.device.type == "cuda" else "off", context)
-    attach_attention(model, "auto", context, compiled)
+    attach_attention(model, "auto", context, compiled, work)
     return compiled

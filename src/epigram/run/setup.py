@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epigram.attention.base import Request, choose
+from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
 from epigram.data.lanes import lanes_of_rank
@@ -31,6 +32,7 @@ from epigram.optim.optimizer import Optimizer
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
 from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
+from epigram.run.speed import Work, agreed_ms, training_work
 
 CACHE = Path(".cache/epigram/data")
 """Where text given as --data is built, below the current folder."""
@@ -111,7 +113,7 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
 
 def build_engine(config: Config, context: Context) -> Engine:
     """A session's parts that need no data. Raises UserError when recipe and machine do not fit."""
-    model, compiled, paths = build_model(config, context)
+    model, compiled, paths = build_model(config, context, training_work(config))
     capture = CudaCapture(context.device) if should_capture(config.run.cuda_graphs, model, context) else None
     if capture is not None:
         paths["CUDA graphs"] = "on"
@@ -126,7 +128,7 @@ def build_engine(config: Config, context: Context) -> Engine:
         config=config,
         context=context,
         model=model,
-        optimizer=Optimizer(named, roles, config.optim),
+        optimizer=Optimizer(named, roles, config.optim, kernels=config.run.kernels),
         average=average_of(named, config.average),
         gradients=LaneGradients(
             named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
@@ -141,17 +143,18 @@ def build_engine(config: Config, context: Context) -> Engine:
     )
 
 
-def build_model(config: Config, context: Context) -> tuple[GPT, bool, dict[str, str]]:
+def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool, dict[str, str]]:
     """The model on its device, weights not yet set; whether it is to be compiled; and what was chosen, in words.
 
-    Precision, kernels and attention are set. Raises UserError when a choice cannot be honoured here.
+    Precision, kernels and attention are set. work: what attention will have to do, by which "auto" measures it on CUDA.
+    Raises UserError when a choice cannot be honoured here.
     """
     if context.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
     compiled, chosen = attach_kernels(model, config.run.kernels, config.run.compile, context)
-    return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled)
+    return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled, work)
 
 
 def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) -> tuple[bool, dict[str, str]]:
@@ -198,18 +201,26 @@ def compile_shapes(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
-def attach_attention(model: GPT, backend: str, context: Context, compiled: bool) -> dict[str, str]:
-    """Give the model its attention backends for full and for windowed layers; returns their names."""
-    request = attention_request(model, context, compiled)
-    paths = {}
-    paths["attention"], model.attend = choose(backend, request)
+def attach_attention(
+    model: GPT, backend: str, context: Context, compiled: bool, work: Work | None = None
+) -> dict[str, str]:
+    """Give the model its attention backends for full and for windowed layers; returns which, in words.
+
+    work: with it, "auto" takes on CUDA what is fastest at it; else what comes first in the capability table.
+    """
+    request = attention_request(model, context, compiled, backward=work is None or work.backward)
+    prepare = compile_shapes if compiled else None
+    on_cuda = context.device.type == "cuda"
+    measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None
+    chosen = choose(backend, request, measure)
+    model.attend, paths = chosen.attend, {"attention": str(chosen)}
     if model.config.window_layers:
-        windowed, model.attend_window = choose(backend, replace(request, window=model.config.window))
-        paths["attention of windowed layers"] = windowed
+        chosen = choose(backend, replace(request, window=model.config.window), measure)
+        model.attend_window, paths["attention of windowed layers"] = chosen.attend, str(chosen)
     return paths
 
 
-def attention_request(model: GPT, context: Context, compiled: bool) -> Request:
+def attention_request(model: GPT, context: Context, compiled: bool, backward: bool = True) -> Request:
     """What the model's full-attention layers ask of a backend."""
     c = model.config
     return Request(
@@ -221,6 +232,7 @@ def attention_request(model: GPT, context: Context, compiled: bool) -> Request:
         num_kv_heads=c.num_kv_heads,
         window=0,
         compiled=compiled,
+        backward=backward,
     )
 
 
@@ -236,22 +248,23 @@ def attention_for_eager(model: GPT, context: Context) -> Iterator[None]:
 
 
 def pick_precision(name: str, context: Context) -> tuple[torch.dtype, dict[str, str]]:
-    """bfloat16 where the device multiplies it fast, float32 elsewhere: a CPU may be 200 times slower in bfloat16."""
-    fast = context.device.type == "cuda" and (context.capability or (0, 0)) >= (8, 0)
-    name = name if name != "auto" else "bfloat16" if fast else "float32"
+    """The precision called `name`; for "auto" the one that the capability table gives this device."""
+    auto = support(context.device.type, context.capability).precision
+    dtype = auto if name == "auto" else getattr(torch, name)
     where = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
-    return getattr(torch, name), {"device": where, "precision": name}
+    return dtype, {"device": where, "precision": str(dtype).removeprefix("torch.")}
 
 
 def should_compile(setting: str, context: Context) -> bool:
-    """Whether to compile: asked for, or left open and a compiler is there. Raises UserError when asked for in vain."""
-    available = compiler_available()
-    if setting == "on" and not available:
-        raise UserError(
-            'run.compile = "on" needs a C++ compiler and the headers of Python (install g++ and python3-dev), '
-            "or set run.compile=off"
-        )
-    return setting != "off" and available and context.device.type in ("cuda", "cpu")
+    """Whether to compile: asked for, or left open and possible. Raises UserError when it is asked for in vain."""
+    if setting == "off":
+        return False
+    reason = why_no_compile(context.device.type, context.capability)
+    if reason is None and not compiler_available():
+        reason = "it needs a C++ compiler and the headers of Python: install g++ and python3-dev"
+    if setting == "on" and reason:
+        raise UserError(f'run.compile = "on" cannot be used here: {reason}; or set run.compile=off')
+    return reason is None
 
 
 def compiler_available() -> bool:

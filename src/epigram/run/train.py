@@ -109,11 +109,11 @@ def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> T
         with record_function(UPDATE):
             engine.gradients.add(lane, lent=engine.lends_gradients)
     with record_function(UPDATE):
-        norms = engine.gradients.finish(engine.reduce())
-        engine.optimizer.step(plan.lr_multiplier, plan.momentum)
+        gathered = engine.gradients.finish(engine.reduce())
+        engine.optimizer.step(plan.lr_multiplier, plan.momentum, gathered.scale)
         engine.optimizer.zero_grad()
         engine.average.update()
-    measured = torch.stack([torch.stack(losses).mean(), norms.norms.mean()])
+    measured = torch.stack([torch.stack(losses).mean(), gathered.norms.mean()])
     collectives.sum_(engine.context, [measured])  # so that every rank sees a loss that is not finite in the same step
     return measured / engine.context.world_size
 

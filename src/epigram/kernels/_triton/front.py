@@ -122,7 +122,9 @@ class _Enter(torch.autograd.Function):
     """See `epigram.kernels.front.enter`."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, embed: Tensor, extra: Tensor | None, gate: Tensor | None, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, tokens: Tensor, embed: Tensor, extra: Tensor | None, gate: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         batch, length = tokens.shape
         width, num_rows = embed.shape[1], tokens.numel()
         out = torch.empty(batch, length, width, dtype=dtype, device=embed.device)

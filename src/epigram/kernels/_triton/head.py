@@ -79,7 +79,8 @@ class _HeadLoss(torch.autograd.Function):
         targets, cap, gamma, floor, needs_graph = arguments
         flat, goals = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         nats = torch.empty(flat.shape[0], dtype=torch.float32, device=x.device)
-        dx, d_embed = (torch.empty_like(flat), None) if needs_graph else (None, None)
+        dx = torch.empty_like(flat) if needs_graph else None
+        d_embed: Tensor | None = None
         for part in _chunks(flat, embed.shape[0]):
             logits = flat[part] @ embed.T
             _rows(logits, goals[part].contiguous(), nats[part], cap, gamma, floor, 1 / flat.shape[0], True)

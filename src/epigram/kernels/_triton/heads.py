@@ -39,53 +39,71 @@ def _angles(cos_table, sin_table, positions, columns, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def _turn_heads_kernel(
-    packed, cos_table, sin_table, gain, rstd_out, num_rows, length, num_heads, num_turned, stride, head_dim,
-    eps: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+def _turn_kernel(
+    packed, cos_table, sin_table, gain, rstd_out, out, num_rows, length, num_heads, first, num_turned, stride,
+    out_stride, head_dim,
+    eps: tl.constexpr, TURN: tl.constexpr, GAIN: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    inside = rows < num_rows
-    mask = inside[:, None] & (columns < head_dim)[None, :]
-    tokens, heads = rows // num_turned, rows % num_turned
-    base = packed + (tokens * stride + heads * head_dim)[:, None]
-    x = tl.load(base + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
-    x *= rstd[:, None]
-    if HALF > 0:
-        cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
-        other = tl.where(columns < HALF, columns + HALF, columns - HALF)
-        partner = tl.load(base + other[None, :], mask=turned, other=0.0).to(tl.float32) * rstd[:, None]
-        x = _turn(x, partner, cos, sin, columns, HALF, False)
-    factor = tl.load(gain + heads, mask=inside & (heads < num_heads), other=1.0).to(tl.float32)
-    tl.debug_barrier()  # every partner is read before anything is overwritten
-    tl.store(base + columns[None, :], (x * factor[:, None]).to(packed.dtype.element_ty), mask=mask)
-    tl.store(rstd_out + rows, rstd, mask=inside)
+    """Heads `first` to first + num_heads of the packed tensor: normalised and turned (TURN), or as they are.
 
-
-@triton.jit
-def _turn_back_kernel(
-    grad_in, packed, cos_table, sin_table, gain, rstd_heads, rstd_rows, out, dots, num_rows, length, num_heads, first,
-    num_turned, stride, grad_stride, head_dim,
-    GAIN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Heads `first` to first + num_heads of the packed tensor, queries (with a gain) or keys.
-
-    out gets rstd_rows (of the token) times the gradient of the product, dots the gradient times the head before its
-    gain.
+    out gets each head COPIES times side by side; it may be where the head itself lies.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = rows < num_rows
     mask = inside[:, None] & (columns < head_dim)[None, :]
     tokens, heads = rows // num_heads, rows % num_heads
-    base = (tokens * stride + (first + heads) * head_dim)[:, None]
-    source = grad_in + (tokens * grad_stride + heads * head_dim)[:, None]
+    base = packed + (tokens * stride + (first + heads) * head_dim)[:, None]
+    x = tl.load(base + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if TURN:
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
+        x *= rstd[:, None]
+        if HALF > 0:
+            cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
+            other = tl.where(columns < HALF, columns + HALF, columns - HALF)
+            partner = tl.load(base + other[None, :], mask=turned, other=0.0).to(tl.float32) * rstd[:, None]
+            x = _turn(x, partner, cos, sin, columns, HALF, False)
+        tl.store(rstd_out + tokens * num_turned + first + heads, rstd, mask=inside)
+    if GAIN:
+        x *= tl.load(gain + heads, mask=inside, other=1.0).to(tl.float32)[:, None]
+    tl.debug_barrier()  # every partner is read before anything is overwritten
+    for copy in tl.static_range(COPIES):
+        to = out + (tokens * out_stride + (heads * COPIES + copy) * head_dim)[:, None] + columns[None, :]
+        tl.store(to, x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_of_copies(source, at, mask, head_dim, COPIES: tl.constexpr):
+    total = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+    for copy in tl.static_range(1, COPIES):
+        total += tl.load(source + at + copy * head_dim, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _turn_back_kernel(
+    grad_in, views, cos_table, sin_table, gain, rstd_heads, rstd_rows, out, dots, num_rows, length, num_heads, first,
+    num_turned, stride, grad_stride, view_stride, head_dim,
+    GAIN: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Heads `first` to first + num_heads of the packed tensor, queries (with a gain) or keys.
+
+    views: finished heads, and grad_in their gradients, each COPIES times side by side. out gets rstd_rows (of the
+    token) times the gradient of the product, dots the gradient times the head before its gain.
+    """
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    inside = rows < num_rows
+    mask = inside[:, None] & (columns < head_dim)[None, :]
+    tokens, heads = rows // num_heads, rows % num_heads
+    seen = views + (tokens * view_stride + heads * COPIES * head_dim)[:, None]
+    source = grad_in + (tokens * grad_stride + heads * COPIES * head_dim)[:, None]
     scale = tl.load(rstd_heads + tokens * num_turned + first + heads, mask=inside, other=0.0)
     scale *= tl.load(rstd_rows + tokens, mask=inside, other=0.0)
     at = columns[None, :]
-    grad = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
-    view = tl.load(packed + base + at, mask=mask, other=0.0).to(tl.float32)
+    grad = _sum_of_copies(source, at, mask, head_dim, COPIES)
+    view = tl.load(seen + at, mask=mask, other=0.0).to(tl.float32)
     if GAIN:
         factor = tl.load(gain + heads, mask=inside, other=1.0).to(tl.float32)
         inverse = tl.where(factor == 0.0, 0.0, 1.0 / factor)[:, None]
@@ -100,19 +118,21 @@ def _turn_back_kernel(
     if HALF > 0:
         cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
         at = tl.where(columns < HALF, columns + HALF, columns - HALF)[None, :]
-        grad = tl.load(source + at, mask=turned, other=0.0).to(tl.float32)
-        view = tl.load(packed + base + at, mask=turned, other=0.0).to(tl.float32)
+        grad = _sum_of_copies(source, at, turned, head_dim, COPIES)
+        view = tl.load(seen + at, mask=turned, other=0.0).to(tl.float32)
         if GAIN:
             grad *= factor[:, None]
             view *= inverse
         x = _turn(x, grad - view * dot, cos, sin, columns, HALF, True)
-    tl.store(out + base + columns[None, :], (x * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+    to = out + (tokens * stride + (first + heads) * head_dim)[:, None] + columns[None, :]
+    tl.store(to, (x * scale[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _value_back_kernel(
-    grad_in, grad_more, packed, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, first,
-    MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad_in, grad_more, values, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, value_stride,
+    first, head_dim,
+    COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows are tokens, columns the values of all heads. sums: gradient times the values that come from the product."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -121,10 +141,12 @@ def _value_back_kernel(
     mask = inside[:, None] & (columns < width)[None, :]
     own = rows[:, None] * width + columns[None, :]
     at = rows[:, None] * stride + first + columns[None, :]
-    grad = tl.load(grad_in + rows[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    source = grad_in + rows[:, None] * grad_stride
+    spread = columns // head_dim * (COPIES * head_dim) + columns % head_dim
+    grad = _sum_of_copies(source, spread[None, :], mask, head_dim, COPIES)
     if MORE:
         grad += tl.load(grad_more + own, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(packed + at, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(values + rows[:, None] * value_stride + spread[None, :], mask=mask, other=0.0).to(tl.float32)
     if EXTRA:
         value -= tl.load(extra + own, mask=mask, other=0.0).to(tl.float32)
         tl.store(total_out + own, grad.to(total_out.dtype.element_ty), mask=mask)
@@ -135,14 +157,14 @@ def _value_back_kernel(
 
 @triton.jit
 def _exclude_kernel(
-    z, v, out, num_rows, num_heads, num_kv_heads, head_dim, v_stride,
+    z, v, out, num_rows, num_heads, groups, head_dim, v_stride, v_step,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
     tokens, heads = rows // num_heads, rows % num_heads
-    own = (tokens * v_stride + (heads // (num_heads // num_kv_heads)) * head_dim)[:, None] + columns[None, :]
+    own = (tokens * v_stride + heads // groups * v_step)[:, None] + columns[None, :]
     value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
     value *= (1.0 / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12))[:, None]
     at = (rows * head_dim)[:, None] + columns[None, :]
@@ -153,14 +175,14 @@ def _exclude_kernel(
 
 @triton.jit
 def _exclude_backward_kernel(
-    grad_out, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v_stride,
+    grad_out, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v_stride, v_step,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A row is one key/value head of one token, with the GROUPS query heads that read it."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
-    own = (rows // num_kv_heads * v_stride + rows % num_kv_heads * head_dim)[:, None] + columns[None, :]
+    own = (rows // num_kv_heads * v_stride + rows % num_kv_heads * v_step)[:, None] + columns[None, :]
     value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(value * value, 1))
     inverse = 1.0 / tl.maximum(length, 1e-12)
@@ -179,54 +201,77 @@ def _exclude_backward_kernel(
     tl.store(dv + (rows * head_dim)[:, None] + columns[None, :], total.to(dv.dtype.element_ty), mask=mask)
 
 
-def _turn_in_place(packed: Tensor, counts: HeadCounts, rotary: Rotary, gain: Tensor) -> Tensor:
-    """Finish queries and keys inside `packed` (B, T, channels); returns 1 / rms of each, (B, T, H + K) float32."""
+def _finish_heads(
+    packed: Tensor, counts: HeadCounts, rotary: Rotary, gain: Tensor, spread: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """q, k, v from `packed` (B, T, channels), and 1 / rms of queries and keys, (B, T, H + K) float32.
+
+    They lie in `packed`, or with `spread`, keys and values once for each query head, in a tensor of their own.
+    """
     batch, length, stride = packed.shape
-    num_turned = counts.num_heads + counts.num_kv_heads
-    num_rows = batch * length * num_turned
+    num_heads, num_kv_heads, head_dim = counts
+    num_turned = num_heads + num_kv_heads
     rstd = torch.empty(batch, length, num_turned, dtype=torch.float32, device=packed.device)
     cos, sin = _flat(rotary)
-    rows, wide = tile(counts.head_dim)
-    _turn_heads_kernel[(triton.cdiv(num_rows, rows),)](
-        packed, cos, sin, gain, rstd, num_rows, length, counts.num_heads, num_turned, stride, counts.head_dim,
-        eps=NORM_EPS, HALF=_half(rotary), ROWS=rows, WIDTH=wide, num_warps=4,
-    )  # fmt: skip
-    return rstd
+    rows, wide = tile(head_dim)
+
+    def finish(out: Tensor, first: int, count: int, copies: int, turn: bool) -> None:
+        num_rows = batch * length * count
+        _turn_kernel[(triton.cdiv(num_rows, rows),)](
+            packed, cos, sin, gain, rstd, out, num_rows, length, count, first, num_turned, stride, out.stride(1),
+            head_dim, eps=NORM_EPS, TURN=turn, GAIN=first == 0, COPIES=copies, HALF=_half(rotary), ROWS=rows,
+            WIDTH=wide, num_warps=4,
+        )  # fmt: skip
+
+    q, k, v = counts.split(packed)
+    copies = 1
+    if spread:
+        q, k, v = torch.empty(3, batch, length, num_heads, head_dim, dtype=packed.dtype, device=packed.device)
+        copies = num_heads // num_kv_heads
+        finish(v, num_turned, num_kv_heads, copies, False)
+    finish(q, 0, num_heads, 1, True)
+    finish(k, num_heads, num_kv_heads, copies, True)
+    return (q, k, v), rstd
 
 
 def _turn_back(
-    gradients: tuple[Tensor, Tensor], packed: Tensor, counts: HeadCounts, rotary: Rotary, gain: Tensor,
+    gradients: tuple[Tensor, Tensor], views: tuple[Tensor, Tensor], counts: HeadCounts, rotary: Rotary, gain: Tensor,
     rstd_heads: Tensor, rstd: Tensor, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Fill queries and keys of `out`, the gradient of the product's packed result times rstd; returns that of gain."""
-    batch, length, stride = packed.shape
+    """Fill queries and keys of `out`, the gradient of the product's packed result times rstd; returns that of gain.
+
+    views: finished queries and keys.
+    """
+    batch, length, stride = out.shape
+    num_heads, num_kv_heads, head_dim = counts
     cos, sin = _flat(rotary)
-    rows, wide = tile(counts.head_dim)
-    dots = torch.empty(batch * length, counts.num_heads, dtype=torch.float32, device=packed.device)
-    firsts = (0, counts.num_heads)
-    for grad, first, num_heads in zip(gradients, firsts, (counts.num_heads, counts.num_kv_heads), strict=True):
-        num_rows = batch * length * num_heads
+    rows, wide = tile(head_dim)
+    dots = torch.empty(batch * length, num_heads, dtype=torch.float32, device=out.device)
+    parts = zip(gradients, views, (0, num_heads), (num_heads, num_kv_heads), strict=True)
+    for grad, view, first, count in parts:
+        num_rows = batch * length * count
         _turn_back_kernel[(triton.cdiv(num_rows, rows),)](
-            grad, packed, cos, sin, gain, rstd_heads, rstd, out, dots, num_rows, length, num_heads, first,
-            counts.num_heads + counts.num_kv_heads, stride, grad.stride(1), counts.head_dim,
-            GAIN=first == 0, HALF=_half(rotary), ROWS=rows, WIDTH=wide, num_warps=4,
+            grad, view, cos, sin, gain, rstd_heads, rstd, out, dots, num_rows, length, count, first,
+            num_heads + num_kv_heads, stride, grad.stride(1), view.stride(1), head_dim, GAIN=first == 0,
+            COPIES=grad.shape[2] // count, HALF=_half(rotary), ROWS=rows, WIDTH=wide, num_warps=4,
         )  # fmt: skip
     return dots.sum(0)
 
 
 def _value_back(
-    grad: Tensor, more: Tensor | None, packed: Tensor, extra: Tensor | None, rstd: Tensor, out: Tensor
+    grad: Tensor, more: Tensor | None, v: Tensor, extra: Tensor | None, rstd: Tensor, out: Tensor, counts: HeadCounts
 ) -> tuple[Tensor, Tensor | None]:
     """Fill the values of `out`; returns sums (N, 1) of gradient times value of the product, and with `extra` (N, K d),
     the values' other part, the gradient that it gets."""
-    width = grad.shape[-2] * grad.shape[-1]
-    num_rows, stride = packed.shape[0] * packed.shape[1], packed.shape[2]
-    sums = torch.empty(num_rows, 1, dtype=torch.float32, device=packed.device)
+    width = counts.num_kv_heads * counts.head_dim
+    num_rows, stride = out.shape[0] * out.shape[1], out.shape[2]
+    sums = torch.empty(num_rows, 1, dtype=torch.float32, device=out.device)
     total = None if extra is None else torch.empty_like(extra)
     rows, wide = tile(width)
     _value_back_kernel[(triton.cdiv(num_rows, rows),)](
-        grad, more, packed, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), stride - width,
-        MORE=more is not None, EXTRA=extra is not None, ROWS=rows, WIDTH=wide, num_warps=4,
+        grad, more, v, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), v.stride(1),
+        stride - width, counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None,
+        EXTRA=extra is not None, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return sums, total
 
@@ -237,7 +282,18 @@ def _exclude(z: Tensor, v: Tensor) -> Tensor:
     num_rows = z.numel() // head_dim
     out = torch.empty_like(z)
     _exclude_kernel[(triton.cdiv(num_rows, rows),)](
-        z, v, out, num_rows, num_heads, v.shape[-2], head_dim, v.stride(1), ROWS=rows, WIDTH=wide, num_warps=4
+        z,
+        v,
+        out,
+        num_rows,
+        num_heads,
+        num_heads // v.shape[-2],
+        head_dim,
+        v.stride(1),
+        v.stride(2),
+        ROWS=rows,
+        WIDTH=wide,
+        num_warps=4,
     )
     return out
 
@@ -249,7 +305,7 @@ def _exclude_backward(grad: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     num_rows = v.shape[0] * v.shape[1] * num_kv_heads
     dz, dv = torch.empty_like(z), v.new_empty(v.shape)
     _exclude_backward_kernel[(triton.cdiv(num_rows, rows),)](
-        grad, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v.stride(1),
+        grad, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v.stride(1), v.stride(2),
         GROUPS=z.shape[-2] // num_kv_heads, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return dz, dv
@@ -260,7 +316,6 @@ class AttentionRecord(NamedTuple):
 
     entering: Tensor
     rstd: Tensor
-    packed: Tensor
     rstd_heads: Tensor
     inner: tuple[Tensor, Tensor, Tensor, Tensor]
     seen: Tensor
@@ -281,26 +336,26 @@ def attention_forward(
     if layer.value is not None and value is not None:
         rows[:, -layer.value.shape[0] :].addmm_(value, layer.value.T)
     packed = rows.view(batch, -1, rows.shape[1])
-    rstd_heads = _turn_in_place(packed, counts, shape.rotary, layer.gain)
+    spread = keep and getattr(layer.attend, "equal_heads", False)
+    heads, rstd_heads = _finish_heads(packed, counts, shape.rotary, layer.gain, spread)
     start = 0 if last is None else packed.shape[1] - last
-    q, k, v = (part.detach().requires_grad_(keep) for part in counts.split(packed))
+    q, k, v = (part.detach().requires_grad_(keep) for part in heads)
     with torch.set_grad_enabled(keep):
         z = layer.attend(q[:, start:] if start else q, k, v, layer.window)
     seen = z.detach().contiguous()
     if layer.exclude:
-        seen = _exclude(seen, _rows_contiguous(v.detach()[:, start:]))
+        seen = _exclude(seen, _dense_batches(_own_values(v, counts)[:, start:]))
     seen = seen.view(-1, counts.num_heads * counts.head_dim)
     old = x if last is None else x.view(batch, -1, width)[:, start:].reshape(-1, width)
     y, squares = products.added(seen, layer.out, old, True)
     assert squares is not None
-    record = AttentionRecord(x, rstd, packed, rstd_heads, (q, k, v, z), seen) if keep else None
+    record = AttentionRecord(x, rstd, rstd_heads, (q, k, v, z), seen) if keep else None
     return y, rstd_of_squares(squares, width), record
 
 
 class AttentionGradients(NamedTuple):
-    """packed: of the product's result, times rstd, rows; seen: the record's, whose product with grad is that of `out`.
-
-    correction: see `epigram.kernels.products.base`; gain (H,); value: of the layer's own value weights' result, or None.
+    """packed: of the result of the product that makes the heads, times rstd, rows (N, channels). correction: see
+    `epigram.kernels.products.base`. gain: (H,). value: of the result of the layer's value weights, or None.
     """
 
     packed: Tensor
@@ -314,24 +369,35 @@ def attention_backward(
 ) -> AttentionGradients:
     """From the gradient of y (rows) back to the product that made the packed heads."""
     q, k, v, z = record.inner
-    packed, counts = record.packed, shape.counts
+    counts = shape.counts
     dz, more = (grad @ layer.out).view(z.shape), None
     if layer.exclude:
-        dz, more = _exclude_backward(dz, z.detach().contiguous(), v.detach())
+        dz, more = _exclude_backward(dz, z.detach().contiguous(), _own_values(v, counts))
     dq, dk, dv = (_rows_contiguous(part) for part in torch.autograd.grad(z, (q, k, v), dz))
-    out = torch.empty_like(packed)
-    gain = _turn_back((dq, dk), packed, counts, shape.rotary, layer.gain, record.rstd_heads, record.rstd, out)
+    out = grad.new_empty(*q.shape[:2], layer.qkv.shape[0])
+    views = q.detach(), k.detach()
+    gain = _turn_back((dq, dk), views, counts, shape.rotary, layer.gain, record.rstd_heads, record.rstd, out)
     other = value @ layer.value.T if layer.value is not None and value is not None else None
-    sums, d_other = _value_back(dv, more, packed, other, record.rstd, out)
+    sums, d_other = _value_back(dv, more, v.detach(), other, record.rstd, out, counts)
     # The norms of queries and keys leave nothing of their gradients along themselves: the values alone count.
     correction = correction_of(sums, record.rstd, record.entering.shape[1])
     return AttentionGradients(out.view(-1, out.shape[-1]), correction, gain, d_other)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """(B, T, heads, d) whose heads lie side by side and whose batches follow each other."""
-    good = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] and x.stride(0) == x.shape[1] * x.stride(1)
+def _own_values(v: Tensor, counts: HeadCounts) -> Tensor:
+    """Each value head once, (B, T, K, d), as a view."""
+    return v.detach()[:, :, :: v.shape[2] // counts.num_kv_heads]
+
+
+def _dense_batches(x: Tensor) -> Tensor:
+    """(B, T, heads, d) of which one distance leads from token to token, also from one sequence to the next."""
+    good = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if good else x.contiguous()
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """The same with heads that lie side by side."""
+    return _dense_batches(x) if x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
 def _flat(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:

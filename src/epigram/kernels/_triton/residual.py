@@ -4,6 +4,7 @@ Rows are tokens. A program takes a few of them at a time; in the backward pass i
 keeps the sums over tokens that the coefficients' gradients need in registers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,12 +55,11 @@ def _mix_kernel(
 
 @triton.jit
 def _mix_backward_kernel(
-    grad_in, h, rstd, s0, s1, s2, c0, c1, c2, k0, k1, k2, d0, d1, d2, sums, num_rows, width, num_tiles,
+    grad_in, h, rstd, s0, s1, s2, c0, c1, c2, d0, d1, d2, sums, num_rows, width, num_tiles,
     COUNT: tl.constexpr, HAS0: tl.constexpr, HAS1: tl.constexpr, HAS2: tl.constexpr,
-    KEPT0: tl.constexpr, KEPT1: tl.constexpr, KEPT2: tl.constexpr, NORM: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """grad_in: of x, or with NORM of its normalised view h. k: gradients of the streams that were handed on."""
+    """grad_in: of the normalised view h."""
     program, step = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, WIDTH)
     inside = columns < width
@@ -74,30 +74,20 @@ def _mix_backward_kernel(
         mask = (rows < num_rows)[:, None] & inside[None, :]
         at = rows[:, None] * width + columns[None, :]
         grad = tl.load(grad_in + at, mask=mask, other=0.0).to(tl.float32)
-        if NORM:
-            view = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
-            scale = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)
-            grad = scale[:, None] * (grad - view * (tl.sum(grad * view, 1) / width)[:, None])
+        view = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)
+        grad = scale[:, None] * (grad - view * (tl.sum(grad * view, 1) / width)[:, None])
         if HAS0:
             sum0 += grad * tl.load(s0 + at, mask=mask, other=0.0).to(tl.float32)
-        out = grad * w0
-        if KEPT0:
-            out += tl.load(k0 + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(d0 + at, out.to(d0.dtype.element_ty), mask=mask)
+        tl.store(d0 + at, (grad * w0).to(d0.dtype.element_ty), mask=mask)
         if COUNT > 1:
             if HAS1:
                 sum1 += grad * tl.load(s1 + at, mask=mask, other=0.0).to(tl.float32)
-            out = grad * w1
-            if KEPT1:
-                out += tl.load(k1 + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(d1 + at, out.to(d1.dtype.element_ty), mask=mask)
+            tl.store(d1 + at, (grad * w1).to(d1.dtype.element_ty), mask=mask)
         if COUNT > 2:
             if HAS2:
                 sum2 += grad * tl.load(s2 + at, mask=mask, other=0.0).to(tl.float32)
-            out = grad * w2
-            if KEPT2:
-                out += tl.load(k2 + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(d2 + at, out.to(d2.dtype.element_ty), mask=mask)
+            tl.store(d2 + at, (grad * w2).to(d2.dtype.element_ty), mask=mask)
     base = sums + program * COUNT * width + columns
     if HAS0:
         tl.store(base, tl.sum(sum0, 0), mask=inside)
@@ -147,13 +137,6 @@ def correction_of(products: Tensor, rstd: Tensor, width: int) -> Tensor:
     return _finish(products, rstd, width)
 
 
-def rstd_of(x: Tensor) -> Tensor:
-    """1 / rms of the rows of x (N, width): (N,) float32."""
-    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    _mix_forward((x,), (None,), None, None, rstd)
-    return rstd
-
-
 def _mix_forward(
     streams: Streams, coefficients: Coefficients, x: Tensor | None, h: Tensor | None, rstd: Tensor
 ) -> None:
@@ -169,9 +152,8 @@ def _mix_forward(
 
 
 def _mix_backward(
-    grad: Tensor, h: Tensor | None, rstd: Tensor | None, streams: list[Tensor | None],
-    coefficients: list[Tensor | None], kept: list[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
+    grad: Tensor, h: Tensor, rstd: Tensor, streams: list[Tensor | None], coefficients: list[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Gradients of the streams and of the coefficients; a stream is needed only where it has a coefficient."""
     count, width = len(streams), grad.shape[-1]
     num_rows = grad.numel() // width
@@ -181,10 +163,9 @@ def _mix_backward(
     programs = num_programs(grad.device, 4, num_tiles)
     sums = torch.empty(programs, count, width, dtype=torch.float32, device=grad.device)
     pad = [None] * (_MOST_STREAMS - count)
-    keeps = {f"KEPT{i}": i < count and kept[i] is not None for i in range(_MOST_STREAMS)}
     _mix_backward_kernel[(programs,)](
-        grad, h, rstd, *streams, *pad, *coefficients, *pad, *kept, *pad, *gradients, *pad, sums, num_rows, width,
-        num_tiles, COUNT=count, **_has(coefficients), **keeps, NORM=h is not None, ROWS=rows, WIDTH=wide, num_warps=4,
+        grad, h, rstd, *streams, *pad, *coefficients, *pad, *gradients, *pad, sums, num_rows, width, num_tiles,
+        COUNT=count, **_has(coefficients), ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     total = sums.sum(0)
     return gradients, [total[i] if c is not None else None for i, c in enumerate(coefficients)]
@@ -261,46 +242,65 @@ def branch_back(
 
 @triton.jit
 def _fan_in_kernel(
-    gradients, coefficients, x0, out, sums, num_rows, width, num_tiles, count,
-    COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    g0, g1, g2, c0, c1, c2, x0, so_far, out, sums, num_rows, width, num_tiles,
+    COUNT: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, WIDTH)
     inside = columns < width
-    which = tl.arange(0, COUNT)
-    total = tl.zeros((COUNT, WIDTH), tl.float32)
+    sum0 = tl.zeros((ROWS, WIDTH), tl.float32)
+    sum1 = tl.zeros((ROWS, WIDTH), tl.float32)
+    sum2 = tl.zeros((ROWS, WIDTH), tl.float32)
+    w0 = _coefficient(c0, columns, inside, True)[None, :]
+    w1 = _coefficient(c1, columns, inside, COUNT > 1)[None, :]
+    w2 = _coefficient(c2, columns, inside, COUNT > 2)[None, :]
     for index in range(program, num_tiles, step):
         rows = (index * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < num_rows)[:, None] & inside[None, :]
         at = rows[:, None] * width + columns[None, :]
         first = tl.load(x0 + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.zeros((ROWS, WIDTH), tl.float32)
-        for i in range(0, count):
-            grad = tl.load(gradients + i * num_rows.to(tl.int64) * width + at, mask=mask, other=0.0).to(tl.float32)
-            x += grad * tl.load(coefficients + i * width + columns, mask=inside, other=0.0)[None, :]
-            # Registers cannot be indexed: the sums of the other layers get zeros.
-            total += tl.where(which[:, None] == i, tl.sum(grad * first, 0)[None, :], 0.0)
-        tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
-    base = sums + program * COUNT * width
-    tl.store(base + which[:, None] * width + columns[None, :], total, mask=inside[None, :] & (which < COUNT)[:, None])
+        grad = tl.load(g0 + at, mask=mask, other=0.0).to(tl.float32)
+        sum0 += grad * first
+        total = grad * w0
+        if COUNT > 1:
+            grad = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
+            sum1 += grad * first
+            total += grad * w1
+        if COUNT > 2:
+            grad = tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
+            sum2 += grad * first
+            total += grad * w2
+        if MORE:
+            total += tl.load(so_far + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    base = sums + program * COUNT * width + columns
+    tl.store(base, tl.sum(sum0, 0), mask=inside)
+    if COUNT > 1:
+        tl.store(base + width, tl.sum(sum1, 0), mask=inside)
+    if COUNT > 2:
+        tl.store(base + 2 * width, tl.sum(sum2, 0), mask=inside)
 
 
-def fan_in(gradients: Tensor, coefficients: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x0 (N, D) and of the coefficients (layers, D) with which it enters layers that got `gradients`.
+def fan_in(
+    gradients: Sequence[Tensor], coefficients: Sequence[Tensor], x0: Tensor, so_far: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """so_far + sum of coefficient * gradient, rows (N, D), for up to three; and the coefficients' gradients (count, D).
 
-    gradients: (layers, N, D), of what enters each layer.
+    Each gradient is that of a stream to which coefficient * x0 was added.
     """
-    count, num_rows, width = gradients.shape
+    count, (num_rows, width) = len(gradients), x0.shape
+    assert 0 < count <= _MOST_STREAMS
     out = torch.empty_like(x0)
     rows, wide = tile(width)
     num_tiles = triton.cdiv(num_rows, rows)
     programs = num_programs(x0.device, 2, num_tiles)
-    sums = torch.empty(programs, padded(count), width, dtype=torch.float32, device=x0.device)
+    sums = torch.empty(programs, count, width, dtype=torch.float32, device=x0.device)
+    pad = [None] * (_MOST_STREAMS - count)
     _fan_in_kernel[(programs,)](
-        gradients, coefficients, x0, out, sums, num_rows, width, num_tiles, count,
-        COUNT=padded(count), ROWS=rows, WIDTH=wide, num_warps=8,
+        *gradients, *pad, *coefficients, *pad, x0, so_far, out, sums, num_rows, width, num_tiles,
+        COUNT=count, MORE=so_far is not None, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
-    return out, sums.sum(0)[:count]
+    return out, sums.sum(0)
 
 
 class _MixNorm(torch.autograd.Function):
@@ -320,8 +320,7 @@ class _MixNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, rstd, *rest = ctx.saved_tensors
         streams, coefficients = rest[: ctx.count], rest[ctx.count :]
-        nothing: list[Tensor | None] = [None] * ctx.count
-        gradients, found = _mix_backward(grad.contiguous(), h, rstd, streams, coefficients, nothing)
+        gradients, found = _mix_backward(grad.contiguous(), h, rstd, streams, coefficients)
         return None, *gradients, *found
 
 

@@ -3,16 +3,13 @@
 Forward, a layer is five products (see `epigram.kernels.products`), attention, and two small kernels for its heads. The
 product that ends the MLP also mixes the next layer's stream. Backward, the mix needs no pass of its own either:
 
-- own * x, with x = y + hidden @ downᵀ: the gradient d of what enters the next layer goes through (own * down) and own * y
-  as it is, and the gradient of `own` is that of own * y, a sum beside a product, plus the rows of (dᵀ hidden) * down.
+- own * x, with x = y + hidden @ downᵀ: the gradient d of what enters the next layer goes through (own * down) and
+  own * y as it is; the gradient of `own` is that of own * y, a sum beside a product, plus sums of (dᵀ hidden) * down.
 - only where x also goes elsewhere (a skip, or kept for the head) its gradient is written out: `branch_back`.
-- first * x0: the gradients of all layers stay until the end, where one kernel adds them up: `fan_in`.
-
-Weight gradients are computed beside the main line on a second stream: they fill its gaps.
+- first * x0: the gradients of a few layers wait for each other, so that one kernel adds them up: `fan_in`.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +22,7 @@ from epigram.kernels.trunk import Layer, Shape
 
 _TENSORS = ("own", "first", "qkv", "out", "gain", "value", "up", "down")  # of a layer, and the coefficient of its skip
 _PER_LAYER = len(_TENSORS) + 1
-_LAG = 2  # layers that the second stream may be behind before the first one waits for it
+_TOGETHER = 3  # layers whose gradients of x0 are added up in one pass
 
 
 class _Setting(NamedTuple):
@@ -51,48 +48,13 @@ class _MlpRecord(NamedTuple):
     hidden: Tensor
 
 
-class _Beside:
-    """Runs work on a second stream of the device; on other devices at once.
-
-    What the work reads stays alive until the main stream has waited for it, at most _LAG layers later.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._reading: list[tuple[Tensor, ...]] = []
-        self._behind: deque[tuple[torch.cuda.Event, list[tuple[Tensor, ...]]]] = deque()
-
-    def run(self, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """work(*tensors)."""
-        if self._stream is None:
-            return work(*tensors)
-        self._stream.wait_stream(self._main)
-        with torch.cuda.stream(self._stream):
-            result = work(*tensors)
-        self._reading.append(tensors)
-        return result
-
-    def end_layer(self, most_behind: int = _LAG) -> None:
-        """Let the main stream wait for all but the newest layers' work."""
-        if self._stream is None:
-            return
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        self._behind.append((event, self._reading))
-        self._reading = []
-        while len(self._behind) > most_behind:
-            event, _ = self._behind.popleft()
-            self._main.wait_event(event)
-
-
 class _Trunk(torch.autograd.Function):
     """See `epigram.kernels.trunk.trunk`. Arguments: x0, value, the setting, and the tensors of each layer in turn."""
 
     @staticmethod
     def forward(ctx: Any, x0: Tensor, value: Tensor | None, setting: _Setting, *tensors: Tensor | None) -> Any:
         layers, products, keep = setting.layers, setting.products, setting.keep
-        (batch, length, width), count = x0.shape, len(layers)
+        batch, width, count = x0.shape[0], x0.shape[2], len(layers)
         flat0 = x0.reshape(-1, width)
         extra = None if value is None else value.reshape(-1, value.shape[-1])
         entering, rstd = enter_first(flat0, layers[0].first)
@@ -137,9 +99,11 @@ class _Trunk(torch.autograd.Function):
         ctx.records = ctx.outputs = None
         flat0 = x0.reshape(-1, width)
         extra = None if value is None else value.reshape(-1, value.shape[-1])
-        entered = torch.empty(len(layers), *flat0.shape, dtype=x0.dtype, device=x0.device)
-        skips = {layer.skip[0]: index for index, layer in enumerate(layers) if layer.skip is not None}
-        beside = _Beside(x0.device)
+        entered: dict[int, Tensor] = {}  # gradients of what enters each layer, as long as somebody needs them
+        d_x0: Tensor | None = None
+        waiting: list[int] = []  # layers whose gradient of x0 is not yet added
+        skips_of = {index: layer.skip[0] for index, layer in enumerate(layers) if layer.skip is not None}
+        taken_by = {source: index for index, source in skips_of.items()}
         found: list[dict[str, Tensor | None]] = [{} for _ in layers]
         d_extra: Tensor | None = None
         for index in reversed(range(len(layers))):
@@ -148,7 +112,7 @@ class _Trunk(torch.autograd.Function):
             if index == len(layers) - 1:
                 g = grad.reshape(-1, width).contiguous()
             elif index in setting.sources:
-                taker = skips.get(index)
+                taker = taken_by.get(index)
                 kept = grad_kept.reshape(-1, width) if index == setting.kept and grad_kept is not None else None
                 g, sums = branch_back(
                     entered[index + 1],
@@ -165,43 +129,34 @@ class _Trunk(torch.autograd.Function):
                 g, own = entered[index + 1], layers[index + 1].own
             down = layer.down if own is None else (layer.down * own[:, None]).to(layer.down.dtype)
             d_pre, sums = products.down_back(g, down, mlp.pre, mlp.rstd, setting.shape.slope)
-            grown = beside.run(_outer, g, mlp.hidden)
-            found[index]["up"] = beside.run(_outer, d_pre, mlp.y)
+            grown = g.T @ mlp.hidden
+            found[index]["up"] = d_pre.T @ mlp.y
             dy, own_sums = products.back(d_pre, layer.up, g, mlp.y, correction_of(sums, mlp.rstd, width), own)
             if own is None:
                 found[index]["down"] = grown
             else:
-                found[index]["down"] = beside.run(_rows_times, grown, own)
-                found[index + 1]["own"] = beside.run(_row_products, own_sums, grown, layer.down)
-            found[index]["out"] = beside.run(_outer, dy, attention.seen)
+                found[index]["down"] = (grown * own[:, None]).to(grown.dtype)
+                found[index + 1]["own"] = own_sums + (grown.float() * layer.down).sum(1)
+            found[index]["out"] = dy.T @ attention.seen
             back = attention_backward(dy, attention, layer, extra, setting.shape)
-            products.back(back.packed, layer.qkv, dy, attention.entering, back.correction, to=entered[index])
-            found[index]["qkv"] = beside.run(_outer, back.packed, attention.entering)
+            entered[index], _ = products.back(back.packed, layer.qkv, dy, attention.entering, back.correction)
+            found[index]["qkv"] = back.packed.T @ attention.entering
             found[index]["gain"] = back.gain
-            if back.value is not None:
-                found[index]["value"] = beside.run(_outer, back.value, extra)
+            if back.value is not None and extra is not None:
+                found[index]["value"] = back.value.T @ extra
                 more = back.value @ layer.value
                 d_extra = more if d_extra is None else d_extra.add_(more)
-            beside.end_layer()
-        firsts = torch.stack([layer.first for layer in layers])
-        d_x0, d_firsts = fan_in(entered, firsts, flat0)
-        beside.end_layer(most_behind=0)
-        for index, gradients in enumerate(found):
-            gradients["first"] = d_firsts[index]
+            waiting.append(index)
+            if len(waiting) == _TOGETHER or index == 0:
+                coefficients = [layers[i].first for i in waiting]
+                d_x0, sums = fan_in([entered[i] for i in waiting], coefficients, flat0, d_x0)
+                for i, d_first in zip(waiting, sums.unbind(0), strict=True):
+                    found[i]["first"] = d_first
+                waiting = []
+            entered = {i: g for i, g in entered.items() if i in (*waiting, index) or skips_of.get(i, index) < index}
+        assert d_x0 is not None
         flat = [gradients.get(name) for gradients in found for name in (*_TENSORS, "skip")]
         return d_x0.view(x0.shape), None if d_extra is None else d_extra.view(value.shape), None, *flat
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    return left.T @ right
-
-
-def _rows_times(matrix: Tensor, factors: Tensor) -> Tensor:
-    return (matrix * factors[:, None]).to(matrix.dtype)
-
-
-def _row_products(start: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return start + (left.float() * right).sum(1)
 
 
 def trunk(

@@ -93,7 +93,12 @@ def _mixed_skip_kept(acc: Any, c: Any, own: Any, y: Any, first: Any, z: Any, ski
     return {"D": entering, "x": x, "squares": (entering, entering)}
 
 
-_MIXED = {(False, False): _mixed, (False, True): _mixed_kept, (True, False): _mixed_skip, (True, True): _mixed_skip_kept}
+_MIXED = {
+    (False, False): _mixed,
+    (False, True): _mixed_kept,
+    (True, False): _mixed_skip,
+    (True, True): _mixed_skip_kept,
+}
 
 
 @gemm_epilogue(

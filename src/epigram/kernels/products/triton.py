@@ -50,7 +50,7 @@ def _product_kernel(
     a_at = a + (rows % num_rows).to(tl.int64)[:, None] * depth + depths[None, :]
     b_at = b + depths[:, None] * stride_bk + (columns % num_columns)[None, :] * stride_bn
     x = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for k in range(0, tl.cdiv(depth, TILE_K)):
+    for k in range(tl.cdiv(depth, TILE_K)):
         left = depth - k * TILE_K
         a_tile = tl.load(a_at, mask=(depths < left)[None, :], other=0.0)
         b_tile = tl.load(b_at, mask=(depths < left)[:, None], other=0.0)

@@ -25,7 +25,7 @@ class Updates:
         self._lanes = [[g.clone() for g in self._saved] for _ in self._engine.lanes]
 
     def _time(
-        self, name: str, work: Callable[[], None], *parts: Work, before: Callable[[], None] | None = None
+        self, name: str, work: Callable[[], object], *parts: Work, before: Callable[[], None] | None = None
     ) -> None:
         self._bench.time(name, work, *parts, before=before, queued=True)
 
@@ -52,29 +52,29 @@ class Updates:
         named, roles = dict(self._engine.model.named_parameters()), self._engine.model.roles()
         groups = {rule: [g for g in self._engine.optimizer.groups if g.rule == rule] for rule in ("muon", "adamw")}
         config, device = self._engine.config.optim, self._engine.context.device
-        rate, momentum = (torch.full((), value, device=device) for value in (RATE, MOMENTUM))
+        rate, momentum, scale = (torch.full((), value, device=device) for value in (RATE, MOMENTUM, 1.0))
         self._give()
-        muon = Muon(named, roles, groups["muon"], config.muon)
-        self._time("Muon", lambda: muon.step(rate, momentum), *muon_work(self._engine))
+        muon = Muon(named, roles, groups["muon"], config.muon, fused=self._engine.optimizer.fused)
+        self._time("Muon", lambda: muon.step(rate, momentum, scale), *muon_work(self._engine))
         adamw = AdamW(named, groups["adamw"], config.adamw)
-        self._time("AdamW", lambda: adamw.step(rate), *adamw_work(self._engine))
+        self._time("AdamW", lambda: adamw.step(rate, scale), *adamw_work(self._engine))
         self._engine.optimizer.zero_grad()
 
     # -- what is timed ----------------------------------------------------------------------------------------------
 
     def _whole(self) -> None:
-        self._clip()
-        self._step()
+        self._step(self._clip())
         self._engine.average.update()
 
-    def _clip(self) -> None:
+    def _clip(self) -> Tensor:
+        """What clipping leaves to the optimizer as a factor."""
         for lane, gradients in zip(self._engine.lanes, self._lanes, strict=True):
             self._give(gradients)
             self._engine.gradients.add(lane)
-        self._engine.gradients.finish(self._engine.reduce())
+        return self._engine.gradients.finish(self._engine.reduce()).scale
 
-    def _step(self) -> None:
-        self._engine.optimizer.step(RATE, MOMENTUM)
+    def _step(self, scale: Tensor | None = None) -> None:
+        self._engine.optimizer.step(RATE, MOMENTUM, scale)
         self._engine.optimizer.zero_grad()
 
     def _reset(self) -> None:

@@ -1,0 +1,50 @@
+"""Full attention through cuDNN's fused kernels, by way of torch.
+
+torch itself takes cuDNN for `scaled_dot_product_attention` only where its authors found it to be the faster kernel;
+this backend asks for it everywhere else too, so that a run can measure it against `sdpa`, which leaves the choice to
+torch. It is a file of its own, not a switch in sdpa: what is used is then a name in the log, and nothing in a compiled
+graph asks for the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from epigram.attention import sdpa
+from epigram.attention.base import Request
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_HEAD_DIM = 128
+# Earlier ones gave wrong gradients for lengths that are no multiple of 128; torch draws the same line.
+_OLDEST = 91501
+
+
+def check(request: Request) -> str | None:
+    """CUDA from compute capability 8.0 on, half precision, no window, head sizes that are multiples of 8 up to 128."""
+    if request.device_type != "cuda" or request.capability is None:
+        return "cudnn is for CUDA devices"
+    if request.capability < (8, 0):
+        major, minor = request.capability
+        return f"cudnn needs compute capability 8.0, this device has {major}.{minor}"
+    if request.window:
+        return "cudnn has no windows through torch"
+    if request.dtype not in _DTYPES:
+        return f"cudnn needs bfloat16 or float16, not {request.dtype}"
+    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
+        return f"cudnn needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
+    version = torch.backends.cudnn.version()
+    if version is None or version < _OLDEST:
+        return f"cudnn is used from 9.15.1 (91501) on, this torch has {version or 'none'}"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """See `epigram.attention.base`. Queries that follow cached keys, which only generation has, go the way of sdpa."""
+    assert window == 0 or window >= k.shape[1], "check() refuses windows"
+    if q.shape[1] != k.shape[1] or q.shape[1] == 1:  # cuDNN's causal mask counts queries from the first key
+        return sdpa.attend(q, k, v, 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)

@@ -1,0 +1,210 @@
+"""What each kind of device can do, in one table: precision, attention, compilation, Triton kernels, and why.
+
+The choice of precision (`run.setup.pick_precision`), the order in which attention backends are preferred
+(`attention.base.candidates`), whether fused kernels are used, and the words of `epigram doctor` all come from here. A
+row says what a kind of device is good for; whether a library is installed and whether a backend can serve a certain
+layer is asked of the backends themselves (`check`), and between several that can, a run on CUDA measures.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+Capability = tuple[int, int]
+"""A CUDA compute capability, (major, minor)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Support:
+    """One row. The *_reason fields are sentences without a full stop, to be shown.
+
+    since: the lowest compute capability of this kind; None for devices without one. precision: what a run computes in
+    when the recipe leaves it open. full, windowed: attention backends for the two kinds of layers, the preferred first,
+    where none has been measured; backends that are not named come after these, and `reference` never by itself.
+    compiles: torch.compile is used when the recipe leaves it open. triton: our Triton kernels are used.
+    """
+
+    device: str
+    since: Capability | None
+    precision: torch.dtype
+    precision_reason: str
+    full: tuple[str, ...]
+    windowed: tuple[str, ...]
+    attention_reason: str
+    compiles: bool
+    compile_reason: str
+    triton: bool
+    triton_reason: str
+
+
+# float16 would need the loss to be scaled: gradients below 6e-8 vanish in it and sums above 65504 overflow. Nothing in
+# epigram scales losses, so a device without fast bfloat16 products computes in float32.
+_NO_BFLOAT16 = (
+    "the first tensor cores multiply float16 alone, which is unsafe for training without scaling the loss; "
+    "bfloat16 is emulated there"
+)
+_COMPILES = "torch.compile writes Triton kernels for it"
+_TRITON = "Triton supports compute capability 8.0 and later"
+_NO_TRITON = "Triton supports compute capability 8.0 and later; before, its products run without tensor cores"
+_SKIPS_TILES = "flex leaves out whole tiles beyond a window"
+
+_CUDA = (  # newest first: the first row whose `since` a device reaches is its row
+    Support(
+        device="Blackwell workstation GPUs (RTX 50 series, RTX PRO)",
+        since=(12, 0),
+        precision=torch.bfloat16,
+        precision_reason="its tensor cores multiply bfloat16",
+        full=("sdpa", "cudnn", "flex"),
+        windowed=("flex", "sdpa"),
+        attention_reason=f"FlashAttention 3 and 4 are not for it; {_SKIPS_TILES}",
+        compiles=True,
+        compile_reason=_COMPILES,
+        triton=True,
+        triton_reason=_TRITON,
+    ),
+    Support(
+        device="Blackwell data-center GPUs (B200, GB200)",
+        since=(10, 0),
+        precision=torch.bfloat16,
+        precision_reason="its tensor cores multiply bfloat16",
+        full=("flash4", "cudnn", "sdpa", "flex"),
+        windowed=("flash4", "flex", "sdpa"),
+        attention_reason="flash4 is written for it; cuDNN comes next for full attention, flex for windows",
+        compiles=True,
+        compile_reason=_COMPILES,
+        triton=True,
+        triton_reason=_TRITON,
+    ),
+    Support(
+        device="Hopper GPUs (H100, H200)",
+        since=(9, 0),
+        precision=torch.bfloat16,
+        precision_reason="its tensor cores multiply bfloat16",
+        full=("flash4", "flash3", "cudnn", "sdpa", "flex"),
+        windowed=("flash4", "flash3", "flex", "sdpa"),
+        attention_reason="flash4 and flash3 are written for it and skip what a window hides; cuDNN comes next for full "
+        "attention, flex for windows",
+        compiles=True,
+        compile_reason=_COMPILES,
+        triton=True,
+        triton_reason=_TRITON,
+    ),
+    Support(
+        device="Ampere and Ada workstation GPUs (RTX 30 and 40 series, A40, L4, L40)",
+        since=(8, 6),
+        precision=torch.bfloat16,
+        precision_reason="its tensor cores multiply bfloat16",
+        full=("sdpa", "cudnn", "flex"),
+        windowed=("flex", "sdpa"),
+        attention_reason=f"sdpa runs FlashAttention 2 there; {_SKIPS_TILES}",
+        compiles=True,
+        compile_reason=_COMPILES,
+        triton=True,
+        triton_reason=_TRITON,
+    ),
+    Support(
+        device="Ampere data-center GPUs (A100, A30)",
+        since=(8, 0),
+        precision=torch.bfloat16,
+        precision_reason="the first tensor cores that multiply bfloat16",
+        full=("sdpa", "cudnn", "flex"),
+        windowed=("flex", "sdpa"),
+        attention_reason=f"sdpa runs FlashAttention 2 there; {_SKIPS_TILES}",
+        compiles=True,
+        compile_reason=_COMPILES,
+        triton=True,
+        triton_reason=_TRITON,
+    ),
+    Support(
+        device="Volta and Turing GPUs (V100, T4, RTX 20 series)",
+        since=(7, 0),
+        precision=torch.float32,
+        precision_reason=_NO_BFLOAT16,
+        full=("sdpa",),
+        windowed=("sdpa",),
+        attention_reason="sdpa has a memory-efficient kernel for float32; flash and flex kernels need Ampere",
+        compiles=True,
+        compile_reason="torch.compile supports compute capability 7.0 and later",
+        triton=False,
+        triton_reason=_NO_TRITON,
+    ),
+    Support(
+        device="GPUs before Volta",
+        since=(0, 0),
+        precision=torch.float32,
+        precision_reason="there are no tensor cores, and bfloat16 is emulated",
+        full=("sdpa",),
+        windowed=("sdpa",),
+        attention_reason="sdpa has a memory-efficient kernel for float32; flash and flex kernels need Ampere",
+        compiles=False,
+        compile_reason="torch.compile supports compute capability 7.0 and later",
+        triton=False,
+        triton_reason=_NO_TRITON,
+    ),
+)
+_OTHERS = {
+    "mps": Support(
+        device="Apple GPUs (MPS)",
+        since=None,
+        precision=torch.float32,
+        precision_reason="float16 is unsafe for training without scaling the loss, and bfloat16 is emulated on M1 and "
+        "M2 and missing before macOS 14",
+        full=("sdpa",),
+        windowed=("sdpa",),
+        attention_reason="the other backends need CUDA",
+        compiles=False,
+        compile_reason="torch's compiler for MPS is a prototype",
+        triton=False,
+        triton_reason="Triton has no backend for MPS",
+    ),
+    "cpu": Support(
+        device="CPUs",
+        since=None,
+        precision=torch.float32,
+        precision_reason="products in bfloat16 were measured 200 times slower on a CPU without instructions for it",
+        full=("sdpa",),
+        windowed=("sdpa",),
+        attention_reason="the other backends need CUDA",
+        compiles=True,
+        compile_reason="torch.compile writes C++ for it",
+        triton=False,
+        triton_reason="Triton compiles for GPUs; on a CPU its interpreter is for tests",
+    ),
+}
+
+
+def support(device_type: str, capability: Capability | None = None) -> Support:
+    """The row of a device: `device_type` as torch names it ("cuda", "mps", "cpu") and, for CUDA, its capability."""
+    if device_type == "cuda":
+        assert capability is not None, "a CUDA device has a compute capability"
+        return next(row for row in _CUDA if row.since is not None and capability >= row.since)
+    return _OTHERS[device_type]
+
+
+def rows() -> tuple[Support, ...]:
+    """The whole table, newest CUDA devices first."""
+    return (*_CUDA, *_OTHERS.values())
+
+
+def why_no_compile(device_type: str, capability: Capability | None = None) -> str | None:
+    """Why torch.compile is not used on this device by itself, in a sentence; None when it is (given a C++ compiler)."""
+    row = support(device_type, capability)
+    if not row.compiles:
+        return row.compile_reason
+    if device_type == "cuda" and not triton_installed():
+        return "torch.compile needs Triton for CUDA devices, which is not installed"
+    return None
+
+
+def why_no_triton(device_type: str, capability: Capability | None = None) -> str | None:
+    """Why our Triton kernels cannot be used on this device, in a sentence; None when they can."""
+    row = support(device_type, capability)
+    if not row.triton:
+        return row.triton_reason
+    return None if triton_installed() else "Triton is not installed: it comes with torch's CUDA builds on Linux"
+
+
+def triton_installed() -> bool:
+    """Whether Triton can be imported; it is not imported here."""
+    return importlib.util.find_spec("triton") is not None
