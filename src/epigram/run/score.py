@@ -119,7 +119,7 @@ def is_built(path: Path) -> bool:
 def compile_for_scoring(model: GPT, context: Context, work: Work) -> bool:
     """Fused kernels where they can serve, else compiled on CUDA where a compiler is there; returns whether to compile.
 
-    Attention backends are those that this allows. On a CPU a single score is over before compiling would pay.
+    Attention backends are those that are fastest then at `work`. On a CPU a score is over before compiling would pay.
     """
     compiled, _ = attach_kernels(model, "auto", "auto" if context.device.type == "cuda" else "off", context)
     attach_attention(model, "auto", context, compiled, work)
