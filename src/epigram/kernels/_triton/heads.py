@@ -346,7 +346,7 @@ def attention_forward(
     if layer.exclude:
         seen = _exclude(seen, _dense_batches(_own_values(v, counts)[:, start:]))
     seen = seen.view(-1, counts.num_heads * counts.head_dim)
-    old = x if last is None else x.view(batch, -1, width)[:, start:].reshape(-1, width)
+    old = x if last is None else x.view(batch, -1, width)[:, start:].reshape(-1, width).contiguous()
     y, squares = products.added(seen, layer.out, old, True)
     assert squares is not None
     record = AttentionRecord(x, rstd, rstd_heads, (q, k, v, z), seen) if keep else None
