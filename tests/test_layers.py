@@ -85,8 +85,12 @@ def test_every_library_is_declared() -> None:
     """What the sources import is the standard library, the package itself, or declared in pyproject.toml."""
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
     extras = [name for names in project["optional-dependencies"].values() for name in names]
-    declared = {re.split(r"[^a-z0-9-]", name)[0] for name in [*project["dependencies"], *extras]}
-    known = {"tomli_w": "tomli-w", "flash_attn": "flash-attn-4"}  # modules that are not called like their distribution
+    declared = {re.split(r"[^a-z0-9-]", name.replace("_", "-"))[0] for name in [*project["dependencies"], *extras]}
+    known = {
+        "tomli_w": "tomli-w",
+        "flash_attn": "flash-attn-4",
+        "huggingface_hub": "huggingface-hub",
+    }  # modules that are not called like their distribution
     used = {name.split(".")[0] for path in FILES for name in imports(ast.parse(path.read_text("utf-8")))}
     foreign = {known.get(name, name) for name in used} - set(sys.stdlib_module_names) - {"epigram"}
     assert foreign == declared & foreign

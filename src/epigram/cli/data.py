@@ -1,4 +1,4 @@
-"""`epigram data`: text to a data folder, and a data folder under scrutiny."""
+"""`epigram data`: published shards to a folder, text to a data folder, and a data folder under scrutiny."""
 
 import dataclasses
 import json
@@ -8,10 +8,39 @@ from typing import Any
 
 import click
 
+_ALLOW = "Accept a validation split that is not the published one; every score made with it will say so."
 
-@click.group("data", help="Build and check folders of tokenized text.")
+
+@click.group("data", help="Fetch, build and check folders of tokenized text.")
 def command() -> None:
     pass
+
+
+@command.command("fetch")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to fill; by default data/NAME.")
+@click.option("--shards", type=int, help="Training shards of 100 million tokens (200 MB); by default 80.")
+@click.option("--revision", help="Commit or branch of the repository; by default its newest.")
+@click.option("--allow-other-validation", is_flag=True, help=_ALLOW)
+@click.option("--json", "as_json", is_flag=True, help="End with the record of what was fetched in one line of JSON.")
+def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Download published FineWeb shards: sp1024, sp2048, sp4096 or sp8192.
+
+    Goes on where an earlier call ended; every file is verified by length, header, tokens and hash. The settings
+    of the hub's own library count: HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
+    """
+    from epigram.data.fetch import fetch
+
+    result = fetch(name, out or Path("data") / name, **options)
+    for note in result.notes:
+        click.echo(f"note: {note}")
+    record = result.fetched
+    shards = [file for file in record.files if file.startswith("fineweb_train_")]
+    tokens = sum(record.files[file].tokens for file in shards)
+    click.echo(f"validation: {record.validation.text}")
+    click.echo(f"{result.path}: {len(shards)} training shards, {tokens:,} tokens: use it with --data {result.path}")
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(record)))
 
 
 @command.command("build")
@@ -54,15 +83,16 @@ def build_command(sources: tuple[str, ...], out: Path, as_json: bool, **options:
 @command.command("check")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokenizer", "tokenizer_file", type=click.Path(path_type=Path), help="For a folder without a manifest.")
+@click.option("--allow-other-validation", is_flag=True, help=_ALLOW)
 @click.option("--json", "as_json", is_flag=True, help="End with the findings in one line of JSON.")
-def check_command(folder: Path, tokenizer_file: Path | None, as_json: bool) -> None:
+def check_command(folder: Path, tokenizer_file: Path | None, allow_other_validation: bool, as_json: bool) -> None:
     """Verify every hash, header, token and byte of a data FOLDER.
 
     Ends with code 1 when something is wrong with it.
     """
     from epigram.data.check import check
 
-    findings = check(folder, tokenizer_file)
+    findings = check(folder, tokenizer_file, allow_other_validation=allow_other_validation)
     errors = sum(finding.is_error for finding in findings)
     for finding in findings:
         click.echo(f"{'error' if finding.is_error else 'warning'}: {finding.text}")

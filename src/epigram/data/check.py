@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.data.dataset import DataFolder, open_data
+from epigram.data.dataset import DataFolder, allow_validation, open_data
 from epigram.data.files import sha256_of
 from epigram.data.manifest import MANIFEST, Manifest, document_hashes, read_hashes, read_manifest
 from epigram.data.shards import Shard
 from epigram.data.split_writer import count_shared
+from epigram.data.validation import Fetched, read_fetched
 from epigram.errors import DataError, UserError
 from epigram.progress import Progress
 
@@ -26,18 +27,35 @@ class Finding:
     text: str
 
 
-def check(path: str | Path, tokenizer_file: str | Path | None = None) -> list[Finding]:
+def check(
+    path: str | Path, tokenizer_file: str | Path | None = None, *, allow_other_validation: bool = False
+) -> list[Finding]:
     """Everything that is wrong with a data folder; an empty list when all is well. Reads every byte of it.
 
-    Raises UserError when `path` is no data folder at all.
+    allow_other_validation: write into a folder of published shards that its validation split is meant, though it is
+    not the published one. Raises UserError when `path` is no data folder at all.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}: check the path")
     if not (folder / MANIFEST).exists():
-        data = open_data(folder, tokenizer_file)
-        note = f"there is no {MANIFEST}: neither hashes nor the overlap of train and val can be checked"
-        return [Finding(is_error=False, text=note), *_errors(_check_bare(data))]
+        if allow_other_validation:
+            allow_validation(folder, tokenizer_file)
+        try:
+            data = open_data(folder, tokenizer_file)
+        except DataError as error:
+            return _errors([str(error)])
+        record = read_fetched(folder)
+        missing = (
+            "the overlap of train and val cannot be checked"
+            if record and record.files
+            else "neither hashes nor the overlap of train and val can be checked"
+        )
+        warnings = [f"there is no {MANIFEST}: {missing}"]
+        if data.validation is not None and data.validation.problem is not None:
+            warnings.append(f"scores will say: {data.validation.text}")
+        found = [Finding(is_error=False, text=text) for text in warnings]
+        return [*found, *_errors(_check_fetched(folder, record)), *_errors(_check_bare(data))]
     try:
         manifest = read_manifest(folder)
     except DataError as error:
@@ -74,6 +92,18 @@ def _check_hashes(folder: Path, manifest: Manifest) -> Iterator[str]:
             progress.advance()
     if extra := {path.name for path in folder.glob("*.bin")} - set(expected):
         yield f"the manifest knows nothing of {', '.join(sorted(extra))}: remove what does not belong here"
+
+
+def _check_fetched(folder: Path, record: Fetched | None) -> Iterator[str]:
+    """Files that are not what was fetched."""
+    files = record.files if record else {}
+    with Progress("hashing", total=len(files), unit="files") as progress:
+        for name, known in files.items():
+            if not (folder / name).is_file():
+                yield f"{name} is missing: fetch again"
+            elif sha256_of(folder / name) != known.sha256:
+                yield f"{name} is not the file that was fetched (its hash differs): remove it and fetch again"
+            progress.advance()
 
 
 def _check_contents(folder: Path, manifest: Manifest, tokenizer_file: str | Path | None) -> Iterator[str]:

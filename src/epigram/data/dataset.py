@@ -11,6 +11,7 @@ from epigram.data.files import sha256_of
 from epigram.data.manifest import MANIFEST, SPLITS, Manifest, read_hashes, read_manifest
 from epigram.data.shards import Shard, open_shard
 from epigram.data.tokenizer import Tokenizer
+from epigram.data.validation import Validation, allow, of_folder
 from epigram.errors import DataError, UserError
 
 
@@ -18,13 +19,15 @@ from epigram.errors import DataError, UserError
 class DataFolder:
     """Shards by split and the tokenizer that they were made with.
 
-    manifest: None for a folder in the published layout, which has none.
+    manifest: None for a folder in the published layout, which has none. validation: which validation split a folder of
+    published shards holds; None for any other.
     """
 
     path: Path
     manifest: Manifest | None
     tokenizer_path: Path
     shards: dict[str, tuple[Shard, ...]]
+    validation: Validation | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -82,7 +85,8 @@ def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> Dat
 
     Without a manifest, shards are the files *_train_*.bin and *_val_*.bin in the order of their names, and
     the tokenizer is `tokenizer_file` or the one file *.model in the folder. Raises UserError for a folder
-    that is none of both, DataError for one that is damaged.
+    that is none of both, DataError for one that is damaged, or whose validation split is not the published one
+    (`data.validation`).
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -94,7 +98,7 @@ def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> Dat
 
 def is_published_layout(folder: Path) -> bool:
     """Whether a folder holds shards named like the published ones."""
-    return any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin"))
+    return any(published_shards(folder, split) for split in SPLITS)
 
 
 def _open_built(folder: Path, tokenizer_file: Path | None) -> DataFolder:
@@ -124,10 +128,23 @@ def _open_bare(folder: Path, tokenizer_file: Path | None) -> DataFolder:
             f"{folder} is no data folder (no {MANIFEST}, no *_train_*.bin): build one with "
             f"`epigram data build {folder} --out DIR`"
         )
-    shards = {
-        split: tuple(open_shard(path, split) for path in sorted(folder.glob(f"*_{split}_*.bin"))) for split in SPLITS
-    }
-    return DataFolder(path=folder, manifest=None, tokenizer_path=tokenizer_file or _only_model(folder), shards=shards)
+    tokenizer_path = tokenizer_file or _only_model(folder)
+    shards = {split: tuple(open_shard(path, split) for path in published_shards(folder, split)) for split in SPLITS}
+    validation = of_folder(folder, shards["val"], tokenizer_path)
+    return DataFolder(path=folder, manifest=None, tokenizer_path=tokenizer_path, shards=shards, validation=validation)
+
+
+def allow_validation(folder: Path, tokenizer_file: str | Path | None = None) -> None:
+    """Write into a folder in the published layout that its validation split is meant, whichever it is."""
+    tokenizer_path = Path(tokenizer_file) if tokenizer_file else _only_model(folder)
+    allow(folder, [open_shard(path, "val") for path in published_shards(folder, "val")], tokenizer_path)
+
+
+def published_shards(folder: Path, split: str) -> list[Path]:
+    """Shards of a split by their names, in order; byte counts that lie beside them are none (`data.sidecar`)."""
+    return sorted(
+        path for path in folder.glob(f"*_{split}_*.bin") if not path.name.startswith(f"fineweb_{split}_bytes_")
+    )
 
 
 def _only_model(folder: Path) -> Path:

@@ -33,7 +33,8 @@ def score_split(
     split: str = "val",
     max_tokens: int = 0,
 ) -> dict[str, Any]:
-    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s.
+    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s; and for published shards
+    `validation`, which says whose validation split it was.
 
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
     """
@@ -61,6 +62,7 @@ def score_split(
         "seq_len": method.seq_len,
         "stride": method.stride,
         "score_s": round(score_s, 3),
+        **({"validation": data.validation.text} if data.validation is not None and split == "val" else {}),
     }
 
 
@@ -84,6 +86,8 @@ def score_model(
     seq_len = seq_len or model.context_len
     nll = token_loss(model.gpt, compile_for_scoring(model.gpt, context))
     rows = {}
+    if data.validation is not None and split == "val":
+        print(f"validation: {data.validation.text}", flush=True)
     for name in methods or METHODS:
         width = seq_len if name == "blocks" else stride or max(seq_len // 8, 1)
         method = Method(name=name, seq_len=seq_len, stride=width)
