@@ -232,7 +232,7 @@ def test_check_finds_val_in_train(built: Path) -> None:
         (lambda values: "nonsense", "no manifest of a data folder"),
         (lambda values: [], "no manifest of a data folder"),
         (lambda values: {**values, "format": "other"}, "no manifest of a data folder"),
-        (lambda values: {**values, "version": 2}, "has version 2"),
+        (lambda values: {**values, "version": 3}, "has version 3"),
         (lambda values: {**values, "extra": 1}, "is damaged: .*extra"),
         (lambda values: {k: v for k, v in values.items() if k != "splits"}, "is damaged: .*splits"),
         (lambda values: {**values, "splits": {"train": values["splits"]["train"]}}, "names that cannot be"),

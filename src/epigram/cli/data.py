@@ -59,19 +59,43 @@ def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) ->
 @click.option("--val-fraction", default=0.05, show_default=True, help="Share of the documents held out, without --val.")
 @click.option("--shard-tokens", default=100_000_000, show_default=True, help="Tokens of a full shard.")
 @click.option("--field", default="text", show_default=True, help="Field or column that holds the text of a record.")
+@click.option("--transform", default="", metavar="NAME", help="Of text before it is tokenized: caseops, or none.")
+@click.option("--min-chars", default=0, show_default=True, help="Leave out shorter documents.")
+@click.option(
+    "--language", default="", metavar="CODE", help="Leave out documents in other languages than this, e.g. en."
+)
+@click.option(
+    "--dedup",
+    type=click.Choice(["none", "exact", "near"]),
+    default="none",
+    show_default=True,
+    help="Leave out repeated documents (exact), and those of train that are nearly like one of val too (near).",
+)
+@click.option("--near-threshold", default=0.7, show_default=True, help="Share of common word sequences that is near.")
 @click.option("--workers", type=int, help="Processes; by default one a core, up to four.")
 @click.option("--seed", default=0, show_default=True, help="Decides which documents are held out.")
 @click.option("--json", "as_json", is_flag=True, help="End with the manifest in one line of JSON.")
-def build_command(sources: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+def build_command(
+    sources: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    min_chars: int,
+    language: str,
+    dedup: str,
+    near_threshold: float,
+    **options: Any,
+) -> None:
     """Build a data folder from text.
 
-    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .parquet, or the word stdlib: the documentation
-    that every Python carries. A text file is cut into documents at paragraph ends; in a folder each file is
-    one.
+    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .parquet, hf://OWNER/NAME[@REVISION][/FOLDER] for a
+    dataset on the hub, or the word stdlib: the documentation that every Python carries. A text file is cut into
+    documents at paragraph ends; in a folder each file is one. An interrupted build is gone on with.
     """
     from epigram.data.build import build
+    from epigram.data.clean import Cleaning
 
-    built = build(sources, out, **options)
+    cleaning = Cleaning(min_chars=min_chars, language=language, dedup=dedup, near_threshold=near_threshold)
+    built = build(sources, out, cleaning=cleaning, **options)
     for note in built.notes:
         click.echo(f"note: {note}")
     _show(built.manifest)

@@ -12,6 +12,8 @@ from epigram.data.files import sha256_of
 from epigram.data.manifest import MANIFEST, Manifest, document_hashes, read_hashes, read_manifest
 from epigram.data.shards import Shard
 from epigram.data.split_writer import count_shared
+from epigram.data.transforms.base import count_original
+from epigram.data.transforms.base import load as load_transform
 from epigram.data.validation import Fetched, read_fetched
 from epigram.errors import DataError, UserError
 from epigram.progress import Progress
@@ -79,7 +81,7 @@ def _errors(texts: Iterator[str] | list[str]) -> list[Finding]:
 def _check_hashes(folder: Path, manifest: Manifest) -> Iterator[str]:
     expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
     for split in manifest.splits.values():
-        expected |= {shard.file: shard.sha256 for shard in split.shards}
+        expected |= {shard.file: shard.sha256 for shard in (*split.shards, *split.byte_counts)}
         expected[split.hashes.file] = split.hashes.sha256
     with Progress("hashing", total=len(expected), unit="files") as progress:
         for file, sha256 in expected.items():
@@ -110,7 +112,7 @@ def _check_contents(folder: Path, manifest: Manifest, tokenizer_file: str | Path
     data = open_data(folder, tokenizer_file)
     for split, entry in manifest.splits.items():
         totals = _Totals()
-        yield from _read_documents(data, data.split(split), totals, read_hashes(folder, entry))
+        yield from _read_documents(data, split, totals, read_hashes(folder, entry))
         facts = {
             "tokens": (data.num_tokens(split), entry.tokens),
             "documents": (totals.documents, entry.documents),
@@ -131,7 +133,7 @@ def _check_bare(data: DataFolder) -> Iterator[str]:
             yield f"there are no {split} shards"
             continue
         totals = _Totals()
-        yield from _read_documents(data, shards, totals, None)
+        yield from _read_documents(data, split, totals, None)
         if not totals.documents:
             yield f"{split} holds no BOS, so no document begins in it: is {data.tokenizer_path.name} its tokenizer?"
 
@@ -145,16 +147,21 @@ class _Totals:
     spelled_bytes: int = 0
 
 
-def _read_documents(
-    data: DataFolder, shards: Sequence[Shard], totals: _Totals, hashes: NDArray[np.uint64] | None
-) -> Iterator[str]:
+def _read_documents(data: DataFolder, split: str, totals: _Totals, hashes: NDArray[np.uint64] | None) -> Iterator[str]:
     """Add up the documents of a split and compare each with its hashes; a sentence for each kind of error."""
-    tokenizer = data.tokenizer
-    wrong_bytes = wrong_hashes = 0
-    for tokens in _documents(shards, tokenizer.bos_id, tokenizer.vocab_size):
+    tokenizer, byte_counts = data.tokenizer, data.byte_counts(split)
+    transform = load_transform(data.transform) if data.transform else None
+    wrong_bytes = wrong_hashes = wrong_counts = place = 0
+    for tokens in _documents(data.split(split), tokenizer.bos_id, tokenizer.vocab_size):
         spelled = tokenizer.decode_bytes(tokens)
         unknown = int(np.count_nonzero(tokens == tokenizer.unk_id))
         wrong_bytes += tokenizer.count_bytes(tokens) != len(spelled)
+        if transform is not None:
+            if byte_counts is not None:
+                right = count_original(transform, tokenizer.byte_tables(), tokens, spelled)
+                wrong_counts += not np.array_equal(right, byte_counts[place : place + len(tokens)])
+            spelled = transform.decode(spelled.decode("utf-8")).encode("utf-8")
+        place += len(tokens)
         if hashes is not None and not unknown and totals.documents < len(hashes):
             wrong_hashes += document_hashes(spelled) != tuple(hashes[totals.documents].tolist())
         totals.documents += 1
@@ -162,6 +169,8 @@ def _read_documents(
         totals.spelled_bytes += len(spelled)
     if wrong_bytes:
         yield f"{wrong_bytes:,} documents spell other byte counts than the byte tables: is it the right tokenizer?"
+    if wrong_counts:
+        yield f"{wrong_counts:,} documents have byte counts that are not those of their text: build the data again"
     if wrong_hashes:
         yield f"{wrong_hashes:,} documents are not the texts that their hashes were taken of: build the data again"
 

@@ -40,7 +40,10 @@ def score_split(
     """
     tokens = data.stream(split)
     whole = not 0 < max_tokens < len(tokens) - 1
-    tokens = tokens if whole else tokens[: max_tokens + 1]
+    byte_counts = data.byte_counts(split)
+    if not whole:
+        tokens = tokens[: max_tokens + 1]
+        byte_counts = None if byte_counts is None else byte_counts[: max_tokens + 1]
     start_s = time.perf_counter()
     found = score(
         nll,
@@ -50,6 +53,7 @@ def score_split(
         device=context.device,
         batch_tokens=max(batch_tokens, method.seq_len),
         expected_bytes=data.split_bytes(split) if whole else None,
+        byte_counts=byte_counts,
         rank=context.rank,
         world_size=context.world_size,
         reduce=partial(collectives.summed, context) if context.world_size > 1 else None,
