@@ -24,6 +24,7 @@ class Spool:
         self._hub, self._folder = hub, folder
         self._remote = [file for file in files if file.remote is not None]
         self._running: dict[Path, concurrent.futures.Future[None]] = {}
+        self._arrived: dict[Path, int] = {}  # bytes of what is being fetched
         self._pool = concurrent.futures.ThreadPoolExecutor(1 + _AHEAD, thread_name_prefix="spool")
 
     def __enter__(self) -> "Spool":
@@ -41,10 +42,10 @@ class Spool:
         place = self._remote.index(file)
         for wanted in self._remote[place : place + 1 + _AHEAD]:
             self._start(wanted)
-        with Progress(f"fetching {file.name}", unit="s") as progress:
+        with Progress(f"fetching {file.name}", total=file.remote.num_bytes / 1e6, unit="MB") as progress:
             while not self._running[file.path].done():
                 concurrent.futures.wait([self._running[file.path]], timeout=1.0)
-                progress.advance(1)
+                progress.update(self._arrived.get(file.path, 0) / 1e6)
         self._running[file.path].result()
         return self._folder / file.path
 
@@ -58,7 +59,13 @@ class Spool:
                 done.set_result(None)
                 self._running[file.path] = done
             else:
-                self._running[file.path] = self._pool.submit(self._hub.download, file.remote, target)
+                self._arrived[file.path] = 0
+                self._running[file.path] = self._pool.submit(
+                    self._hub.download, file.remote, target, lambda num_bytes: self._count(file, num_bytes)
+                )
+
+    def _count(self, file: SourceFile, num_bytes: int) -> None:
+        self._arrived[file.path] += num_bytes
 
     def release(self, file: SourceFile) -> None:
         """Remove what was fetched of a file that nobody reads any more."""

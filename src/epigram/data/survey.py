@@ -20,7 +20,7 @@ from epigram.progress import Progress
 EVERY_HASH = 1 << 64
 _FEW_VAL_DOCUMENTS = 50  # expected; below this, chance could leave val empty, so documents are counted off instead
 _TRIAL_BYTES = 1 << 20
-_SMALL_INPUT_BYTES = 64 << 20  # of files, that are read whole
+_SMALL_INPUT_BYTES = 16 << 20  # of files, that are read whole
 _SAMPLED_BYTES = 1 << 30  # of text, that a tokenizer's sample is drawn from at most
 MAX_UNKNOWN_FRACTION = 0.05
 

@@ -142,26 +142,25 @@ def lines(raw: bytes, first: int) -> Iterator[tuple[int, bytes]]:
 
 
 def whole_lines(chunks: Iterable[bytes], path: Path, part_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Stretches of at least `part_bytes` that end with a line, each with the number of its first line, from 1.
+    """Stretches of whole lines, each as short as it can be from `part_bytes` on, with the numbers of their first lines,
+    from 1. They do not depend on how the file is cut into chunks.
 
     DataError for a line above `MAX_DOCUMENT_BYTES`.
     """
     pending, first = bytearray(), 1
     for chunk in chunks:
-        searched = len(pending)
+        searched = max(len(pending), part_bytes - 1)
         pending += chunk
-        if len(pending) < part_bytes:
-            continue
-        end = pending.rfind(b"\n", min(searched, part_bytes)) + 1 or pending.rfind(b"\n") + 1
-        if end:
+        while (end := pending.find(b"\n", searched) + 1) > 0:
             raw = bytes(pending[:end])
             del pending[:end]
             yield first, raw
             first += raw.count(b"\n")
-        if len(pending) > MAX_DOCUMENT_BYTES:
+            searched = part_bytes - 1
+        if len(pending) > MAX_DOCUMENT_BYTES + part_bytes:
             raise DataError(
-                f"{path}, line {first} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB: split this document "
-                "into shorter ones, one a line"
+                f"{path}, line {first + pending.count(10)} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB: split this "
+                "document into shorter ones, one a line"
             )
     if pending:
         yield first, bytes(pending)
