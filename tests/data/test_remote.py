@@ -1,6 +1,7 @@
 """Building from a dataset on the hub: the same bytes as from the files themselves, whatever the connection does."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_revisions_and_folders(tmp_path: Path, hub: FakeHub) -> None:
         build_remote(hub, tmp_path, f"hf://{REPO}/elsewhere")
     with pytest.raises(UserError, match="the hub has no nobody/nothing"):
         build_remote(hub, tmp_path, "hf://nobody/nothing")
+
+
+def test_a_full_disk_is_seen_first(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DataError, match="GB of the dataset are on the disk at a time"):
+        build_remote(hub, tmp_path)
+    assert not [line for line in hub.requests if line.startswith("GET sample/")]
 
 
 @pytest.mark.parametrize("fault", sorted(ALTERING - {"short", "long"}))

@@ -18,7 +18,7 @@ from typing import Any
 from epigram.data.clean import Cleaning
 from epigram.data.encoding import Encoding, Plan
 from epigram.data.files import written_beside
-from epigram.data.gather import BY_HASH, gather, is_remote
+from epigram.data.gather import BY_HASH, Gathered, gather, is_remote
 from epigram.data.hub import Hub
 from epigram.data.manifest import (
     TOKENIZER,
@@ -32,7 +32,7 @@ from epigram.data.manifest import (
 )
 from epigram.data.place import built_beside, check_place
 from epigram.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TOKEN_BYTES
-from epigram.data.spool import Spool
+from epigram.data.spool import FILES_AT_A_TIME, Spool
 from epigram.data.survey import Survey, Trial, check_unknown, survey, try_tokenizer, val_limit
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.tokenizer_training import check_normalization, check_vocab_size, train_tokenizer
@@ -90,6 +90,7 @@ def build(
     gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint))
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
     spool_folder = out.with_name(f".{out.name}.spool")
+    _check_spool(out, gathered)
     with Spool(hub, gathered.files, spool_folder) as spool:
         by_hash = any(file.split == BY_HASH for file in gathered.files)
         fraction = val_fraction if by_hash else 0.0
@@ -165,6 +166,18 @@ def _fingerprint(plan: Plan) -> str:
         [file.stamp() for file in plan.files],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _check_spool(out: Path, gathered: Gathered) -> None:
+    """DataError when the files of a dataset on the hub, a few at a time, do not fit on the disk."""
+    sizes = sorted((file.remote.num_bytes for file in gathered.files if file.remote), reverse=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes[:FILES_AT_A_TIME]), shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise DataError(
+            f"{needed / 1e9:,.2f} GB of the dataset are on the disk at a time, and that of {out.parent} has "
+            f"{free / 1e9:,.2f} GB free: free some space, or write to another disk"
+        )
 
 
 def _check_disk(folder: Path, found: Survey, trial: Trial) -> None:

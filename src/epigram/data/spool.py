@@ -13,6 +13,7 @@ from epigram.data.hub import Hub
 from epigram.progress import Progress
 
 _AHEAD = 1  # files that are fetched while one is read
+FILES_AT_A_TIME = 2 + _AHEAD  # on the disk: one may be done and not removed yet
 
 
 class Spool:
