@@ -1,5 +1,6 @@
 """A build that was interrupted, by whatever, gives the very bytes of one that was not."""
 
+import itertools
 import json
 import os
 import signal
@@ -64,11 +65,15 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, parts: int, error: BaseExce
 
 
 @pytest.mark.parametrize("cleaning", [None, Cleaning(dedup="near", near_threshold=0.8)], ids=["plain", "near"])
+@pytest.mark.parametrize(("every", "shard_tokens"), [(1, 3000), (4, 300)], ids=["each part", "shards since"])
 def test_any_number_of_interruptions_changes_nothing(
-    sources: Path, monkeypatch: pytest.MonkeyPatch, cleaning: Cleaning | None
+    sources: Path, monkeypatch: pytest.MonkeyPatch, cleaning: Cleaning | None, every: int, shard_tokens: int
 ) -> None:
+    """The journal is written behind each part, or so seldom that whole shards are finished after the last entry."""
+    monkeypatch.setitem(SETTINGS, "shard_tokens", shard_tokens)
     expected = listing(build_all(sources, sources / "whole", cleaning))
-    monkeypatch.setattr(journal, "EVERY_S", 0.0)
+    asked = itertools.count(1)
+    monkeypatch.setattr(journal.Journal, "is_due", lambda self: next(asked) % every == 0)
     interruptions = 0
     while True:
         interrupt_after(monkeypatch, 9, Interrupted())

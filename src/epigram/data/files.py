@@ -37,8 +37,8 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
 class Growing:
     """A file that is written over a long time, beside its place until `finish`.
 
-    resume_bytes: go on with what an earlier process left, as long as `checkpoint` then said. Raises DataError when the
-    disk is full, or what is to be resumed is not there.
+    resume_bytes: go on with what an earlier process left, as long as `checkpoint` then said; it may have written more
+    since, or finished the file. Raises DataError when the disk is full, or what is to be resumed is not there.
     """
 
     def __init__(self, path: Path, resume_bytes: int | None = None) -> None:
@@ -47,6 +47,8 @@ class Growing:
         if resume_bytes is None:
             self._file: BinaryIO = self._beside.open("w+b")
             return
+        if not self._beside.exists() and path.exists():
+            path.rename(self._beside)
         if not self._beside.exists() or self._beside.stat().st_size < resume_bytes:
             raise DataError(f"{self._beside} is shorter than it was: remove {path.parent} and build again")
         self._file = self._beside.open("r+b")
