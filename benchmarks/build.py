@@ -1,18 +1,18 @@
-"""Time a build: `python benchmarks/build.py SOURCE... --tokenizer FILE [--val SOURCE] [--workers 1 2] [--repeat 1]`.
+"""Time a build: `python benchmarks/build.py SOURCE... --tokenizer FILE [--val SOURCE] [--workers 1 2] [--clock]`.
 
-Builds the sources with each number of workers, compares the folders byte for byte, and measures the tokenizer alone in
-one process on text of the same sources just before and after. What counts is the share of workers x that speed which
-the build reaches, reading, proof, hashing and writing included. On a machine that others use too, the wall clock
-measures them as well: `cpu_share` is the same from processor time, what the text costs one process over what the build
-cost all of its processes, and is the share that the build would reach with the machine to itself as long as the main
-process keeps up (`main_cpu_share`, of the build's wall clock at that speed, is below 1). Prints a table and a line of
-JSON.
+Builds the sources with each number of workers and compares the folders byte for byte. While a build runs, as many bare
+processes encode text of the same sources that is in memory already. Whatever else the machine does meets both alike, so
+`share`, the speed of the build over that of the bare processes together, tells what reading, passing on, hashing and
+writing cost, even on a busy machine. `cpu_share` is the same of processor time: what the text costs a bare process over
+what the build cost all of its processes. With `--clock` there are no bare processes: for the time that a build takes.
+Prints a table and a line of JSON.
 """
 
 import argparse
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import tempfile
@@ -28,7 +28,7 @@ from epigram.data.gather import gather
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.works import Work, works
 
-SAMPLE_PARTS = 24  # of about a MiB, that the single process encodes
+SAMPLE_PARTS = 100  # of about a MiB, that a bare process encodes; fewer would be known by heart
 
 
 def sample(sources: list[str]) -> list[Work]:
@@ -37,16 +37,43 @@ def sample(sources: list[str]) -> list[Work]:
     return list(itertools.islice(works(files, sorted({file.split for file in files}), "text"), SAMPLE_PARTS))
 
 
-def single_speed(parts: list[Work], tokenizer: Tokenizer) -> tuple[float, float]:
-    """MB of text that one process encodes in a second of the wall clock, and of processor time; proof and hashes
-    included."""
+class Bare:
+    """Processes that encode text over and over while the block runs; `speed` is that of all together in MB a second,
+    `cpu_speed` of one in a second of processor time. Proof and hashes are included."""
+
+    def __init__(self, parts: list[Work], tokenizer: Tokenizer, processes: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._results: Any = context.Queue()
+        self._ready, self._end = context.Barrier(processes + 1), context.Event()
+        arguments = (parts, tokenizer, self._ready, self._end, self._results)
+        self._running = [context.Process(target=_encode, args=arguments) for _ in range(processes)]
+
+    def __enter__(self) -> "Bare":
+        for process in self._running:
+            process.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        found = [self._results.get() for _ in self._running]
+        for process in self._running:
+            process.join()
+        self.speed = sum(speed for speed, _ in found)
+        self.cpu_speed = sum(cpu_speed for _, cpu_speed in found) / max(len(found), 1)
+
+
+def _encode(parts: list[Work], tokenizer: Tokenizer, ready: Any, end: Any, results: Any) -> None:
     job = EncodeJob(tokenizer=tokenizer, field="text", cleaning=Cleaning(), transform="", limit=0, seed=0)
     encoder = Encoder(job)
     encoder.encode(parts[0].part, "train")  # fills its caches
+    ready.wait()
     wall_s, cpu_s, num_bytes = time.perf_counter(), time.process_time(), 0
-    for part in parts[1:]:
+    for part in itertools.cycle(parts):
+        if end.is_set():
+            break
         num_bytes += int(encoder.encode(part.part, "train").original_bytes.sum())
-    return num_bytes / 1e6 / (time.perf_counter() - wall_s), num_bytes / 1e6 / (time.process_time() - cpu_s)
+    results.put((num_bytes / 1e6 / (time.perf_counter() - wall_s), num_bytes / 1e6 / (time.process_time() - cpu_s)))
 
 
 def cpu_seconds(who: int) -> float:
@@ -64,7 +91,7 @@ def digest(folder: Path) -> str:
 
 
 class PeakMemory:
-    """Peak of the resident memory of this process and its children, in MB, sampled."""
+    """Peak of the resident memory of this process and its children (bare ones too), in MB, sampled."""
 
     def __enter__(self) -> "PeakMemory":
         self.peak, self._done = 0.0, threading.Event()
@@ -98,46 +125,50 @@ def main() -> None:
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--val", action="append", default=[])
     parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--clock", action="store_true")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     tokenizer, parts = Tokenizer.from_file(arguments.tokenizer), sample(arguments.sources)
     rows: list[dict[str, Any]] = []
     digests = set()
     for workers in arguments.workers:
-        before = single_speed(parts, tokenizer)
-        main_s, children_s = cpu_seconds(resource.RUSAGE_SELF), cpu_seconds(resource.RUSAGE_CHILDREN)
-        with tempfile.TemporaryDirectory() as place, PeakMemory() as memory:
-            start_s = time.perf_counter()
+        with tempfile.TemporaryDirectory() as place:
             out = Path(place) / "out"
-            built = build(
-                arguments.sources, out, val_sources=arguments.val, tokenizer_file=arguments.tokenizer, workers=workers
-            )
-            seconds = time.perf_counter() - start_s
-            main_s = cpu_seconds(resource.RUSAGE_SELF) - main_s
-            children_s = cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
+            with Bare(parts, tokenizer, 0 if arguments.clock else workers) as bare, PeakMemory() as memory:
+                main_s, children_s = cpu_seconds(resource.RUSAGE_SELF), cpu_seconds(resource.RUSAGE_CHILDREN)
+                start_s = time.perf_counter()
+                built = build(
+                    arguments.sources,
+                    out,
+                    val_sources=arguments.val,
+                    tokenizer_file=arguments.tokenizer,
+                    workers=workers,
+                )
+                seconds = time.perf_counter() - start_s
+                main_s = cpu_seconds(resource.RUSAGE_SELF) - main_s
+                children_s = cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
             digests.add(digest(out))
-        after = single_speed(parts, tokenizer)
         splits = built.manifest.splits.values()
         megabytes = sum(split.original_bytes for split in splits) / 1e6
-        single, single_cpu = (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
-        rows.append(
-            {
-                "workers": workers,
-                "seconds": round(seconds, 1),
-                "mb": round(megabytes, 1),
-                "mb_per_s": round(megabytes / seconds, 2),
-                "documents_per_s": round(sum(split.documents for split in splits) / seconds),
-                "single_mb_per_s": round(single, 2),
-                "share": round(megabytes / seconds / workers / single, 3),
-                "single_mb_per_cpu_s": round(single_cpu, 2),
-                "main_cpu_s": round(main_s, 1),
-                "workers_cpu_s": round(children_s, 1),
-                "cpu_share": round(megabytes / single_cpu / (main_s + children_s), 3),
-                "main_cpu_share": round(main_s / (megabytes / single_cpu / workers), 3),
-                "peak_mb": round(memory.peak),
+        row = {
+            "workers": workers,
+            "seconds": round(seconds, 1),
+            "mb": round(megabytes, 1),
+            "mb_per_s": round(megabytes / seconds, 2),
+            "documents_per_s": round(sum(split.documents for split in splits) / seconds),
+            "main_cpu_s": round(main_s, 1),
+            "workers_cpu_s": round(children_s, 1),
+            "peak_mb": round(memory.peak),
+            "load": round(os.getloadavg()[0], 1),
+        }
+        if not arguments.clock:
+            row |= {
+                "bare_mb_per_s": round(bare.speed, 2),
+                "share": round(megabytes / seconds / bare.speed, 3),
+                "cpu_share": round(megabytes / bare.cpu_speed / (main_s + children_s), 3),
             }
-        )
-        print("   ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        rows.append(row)
+        print("   ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     assert len(digests) == 1, "the number of workers changed the data"
     print(json.dumps({"rows": rows, "identical": True}))
 

@@ -56,7 +56,7 @@ class Encoding:
         self._duplicates = self._entry.duplicates if self._entry else 0
         self._repeated = dict(self._entry.repeated) if self._entry else dict.fromkeys(SPLITS, 0)
         self._met = HashSet()
-        self._in_val: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._in_val: NDArray[np.uint64] | None = None  # sorted hashes, once the files of val are through
 
     def run(self, total_input_bytes: int) -> dict[str, SplitEntry]:
         """Everything; returns the splits as the manifest describes them."""
@@ -90,16 +90,15 @@ class Encoding:
         return splits
 
     def _passes(self) -> list[_Pass]:
-        """Validation files first. What is like a validation document can only be told when all of them are known, so
-        files without a split are then read twice."""
+        """One over all files, those of val first. What is like a validation document can only be told when all of these
+        are known: then files without a split are read twice."""
         if self._plan.cleaning.dedup == "near":
             return [_Pass(splits=("val", BY_HASH), keep="val"), _Pass(splits=("train", BY_HASH), keep="train")]
-        return [_Pass(splits=("val",), keep="both"), _Pass(splits=("train", BY_HASH), keep="both")]
+        return [_Pass(splits=("val", "train", BY_HASH), keep="both")]
 
     def _run_pass(
         self, phase: int, one: _Pass, start: Place, writers: dict[str, SplitWriter], progress: Progress
     ) -> None:
-        self._in_val = np.unique(writers["val"].hashes_so_far()) if phase else np.empty(0, np.uint64)
         near = self._signatures(writers["val"]) if phase and self._plan.cleaning.dedup == "near" else ()
         job = EncodeJob(
             tokenizer=self._plan.tokenizer,
@@ -133,7 +132,11 @@ class Encoding:
             for index, number in work.documents or ((work.file, batch.num_read),):
                 self.documents[index] += number
         kept, whole = batch.reasons == 0, batch.hashes[:, 1]
-        known = ~batch.is_val & kept & is_member(whole, self._in_val)
+        if self._in_val is None and work.split != "val":
+            self._in_val = np.unique(writers["val"].hashes_so_far())
+        known = np.zeros(len(kept), np.bool_)
+        if self._in_val is not None:
+            known = ~batch.is_val & kept & is_member(whole, self._in_val)
         self._duplicates += int(np.count_nonzero(known))
         repeated = np.zeros(len(kept), np.bool_)
         if self._plan.cleaning.dedup != "none":

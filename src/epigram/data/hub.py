@@ -23,6 +23,9 @@ from epigram.errors import DataError, UserError
 ATTEMPTS = 8  # without a byte of progress, each after a longer wait: four minutes together
 _LONGEST_WAIT_S = 60.0
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may pass
+_LOCAL = {  # errors of this machine's disk
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+}
 _BAD_COPIES = 3  # of a file, whole but with another hash, before the server is given up
 
 
@@ -168,7 +171,9 @@ class Hub:
                 return attempt()
             except Exception as error:
                 if not _may_pass(error):
-                    raise _explained(error, what) from error
+                    if (explained := _explained(error, what)) is error:
+                        raise
+                    raise explained from error
                 failures, before = (0, size()) if size() > before else (failures + 1, before)
                 if failures >= ATTEMPTS:
                     raise DataError(
@@ -241,7 +246,7 @@ def _may_pass(error: Exception) -> bool:
     if (state := _state(error)) is not None:
         return state in _TRANSIENT or state == 416  # 416: a partial file that the server disowns
     if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+        return error.errno not in _LOCAL
     # Errors of the HTTP client, which the library has exchanged twice: requests, httpx, httpx2. And of its replies.
     return type(error).__module__.split(".")[0] in ("httpx2", "httpx", "httpcore", "requests", "json")
 
