@@ -94,13 +94,15 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self.description, total=self.total)
+            self._task = self._bar.add_task(self.description, total=self.total, rate="")
             self._bar.start()
         words = f"{self.description}: {self._part}" if self._part else self.description
-        self._bar.update(self._task, completed=self.done, description=words)
+        rate = self.done / max(time.monotonic() - self._start_s, 1e-9)
+        self._bar.update(self._task, completed=self.done, description=words, rate=f"{rate:,.1f} {self.unit}/s")
 
     def _line(self) -> None:
         elapsed_s = time.monotonic() - self._start_s

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ def test_the_number_of_workers_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_file: Path
 ) -> None:
     monkeypatch.setattr(build_module, "_SMALL_BYTES", 0)
-    monkeypatch.setattr("epigram.data.encode.BATCH_BYTES", 2000)
+    monkeypatch.setattr("epigram.data.sources.jsonl._PART_BYTES", 2000)
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(200, seed=7))
     for workers in (1, 2, 3):
         build([source], tmp_path / str(workers), tokenizer_file=tokenizer_file, workers=workers, shard_tokens=5000)
@@ -254,7 +255,7 @@ def test_a_tokenizer_that_loses_text_fails_the_proof(tmp_path: Path, texts: list
     proto = train_with(texts, byte_fallback=False, normalization_rule_name="identity", remove_extra_whitespaces=False)
     (tmp_path / "lossy.model").write_bytes(proto)
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, " kalo begins with a blank"])
-    with pytest.raises(DataError, match=r"a\.jsonl, document 61: .* does not account for its text"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 61: .* does not account for its text"):
         build([source], tmp_path / "out", tokenizer_file=tmp_path / "lossy.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "lossy.model"]
 
@@ -272,7 +273,7 @@ def test_the_proof_sees_a_wrong_byte_table(
 
     monkeypatch.setattr(Tokenizer, "byte_tables", double_count)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    with pytest.raises(DataError, match="document 1: .* the byte tables count"):
+    with pytest.raises(DataError, match="line 1: .* the byte tables count"):
         build([source], tmp_path / "out", tokenizer_file=tokenizer_file)
 
 
@@ -361,8 +362,8 @@ def test_leftovers_of_killed_builds_are_removed(tmp_path: Path, texts: list[str]
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stale = tmp_path / f"{_building(tmp_path / 'out')}{dead.pid}"
-    alive = tmp_path / f"{_building(tmp_path / 'out')}{os.getppid()}"
+    stale = tmp_path / f"{_building(tmp_path / 'out')}{socket.gethostname()}-{dead.pid}"
+    alive = tmp_path / f"{_building(tmp_path / 'out')}{socket.gethostname()}-{os.getppid()}"
     for folder in (stale, alive):
         folder.mkdir()
     build([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "out", tokenizer_file=tokenizer_file)

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import py3langid
 import pytest
 from click.testing import CliRunner
 from data_helpers import listing
@@ -46,11 +48,32 @@ def test_options_reach_the_build(tmp_path: Path, book: Path, texts: list[str]) -
     assert result.exit_code == 0, result.output
     assert "train: 1 documents were left out, as val has the same text" in result.stdout
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["settings"] == {"field": "body", "seed": 3, "val_fraction": 0.0, "shard_tokens": 900}
+    asked = {"field": "body", "seed": 3, "val_fraction": 0.0, "shard_tokens": 900}
+    assert {key: manifest["settings"][key] for key in asked} == asked
     assert manifest["tokenizer"]["normalization"] == "nmt_nfkc"
     result = call("build", book, "--out", tmp_path / "two", "--tokenizer", tmp_path / "out" / "tokenizer.model")
     assert result.exit_code == 0
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["tokenizer"] == manifest["tokenizer"]
+
+
+def test_cleaning_and_transforms_reach_the_build(tmp_path: Path, texts: list[str]) -> None:
+    documents = [*texts, texts[3], "too short"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
+    language, _ = Counter(py3langid.classify(one)[0] for one in texts).most_common(1)[0]  # of made-up words
+    result = call(
+        *("build", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab-size", 420, "--transform", "caseops"),
+        *("--dedup", "near", "--near-threshold", 0.9, "--min-chars", 10, "--language", language),
+    )
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    asked = {"transform": "caseops", "dedup": "near", "near_threshold": 0.9, "min_chars": 10, "language": language}
+    assert {key: manifest["settings"][key] for key in asked} == asked
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    left_out = sum(split[why] for split in (train, val) for why in ("short_documents", "other_language", "repeated"))
+    assert train["documents"] + val["documents"] == len(documents) - left_out
+    assert train["short_documents"] + val["short_documents"] == 1
+    assert "documents were left out, as they are shorter than 10 characters" in result.stdout
+    assert call("check", tmp_path / "out").exit_code == 0
 
 
 def test_a_damaged_folder_is_no_success(tmp_path: Path, book: Path) -> None:

@@ -77,10 +77,24 @@ def test_streams_without_a_first_bos_and_with_a_last_one(tmp_path: Path, tokeniz
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "t.model").write_bytes(tokenizer.proto)
-    body = tokenizer.encode("kalo mi te")
-    for split in ("train", "val"):
+    for split, text in (("train", "kalo mi te"), ("val", "ru sa no")):
+        body = tokenizer.encode(text)
         write_shard(folder / f"x_{split}_000000.bin", np.array([*body, 1, *body, 1], np.uint16), split)
     assert [finding.text for finding in check(folder) if finding.is_error] == []
+
+
+def test_validation_documents_in_shards_of_others(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A crawl may repeat a few; a validation split that is trained on is an error (parameter-golf #2127)."""
+    (tmp_path / "t.model").write_bytes(tokenizer.proto)
+    val = [[1, 10 + index, 20, 30] for index in range(200)]
+    other = [[1, 10 + index, 21, 30] for index in range(200)]
+    write_shard(tmp_path / "x_val_000000.bin", np.array(val, np.uint16).ravel(), "val")
+    for planted, is_error in ((0, None), (2, False), (3, True), (200, True)):
+        train = np.array([*other, *val[:planted], *val[:planted], [1, 5, 5, 5]], np.uint16).ravel()
+        write_shard(tmp_path / "x_train_000000.bin", train[:403], "train")  # a document goes on in the next shard
+        write_shard(tmp_path / "x_train_000001.bin", train[403:], "train")
+        found = [one.is_error for one in check(tmp_path) if f"{planted} of 200 different documents" in one.text]
+        assert found == ([] if is_error is None else [is_error])
 
 
 def test_what_is_no_data_folder(tmp_path: Path) -> None:
@@ -232,7 +246,7 @@ def test_check_finds_val_in_train(built: Path) -> None:
         (lambda values: "nonsense", "no manifest of a data folder"),
         (lambda values: [], "no manifest of a data folder"),
         (lambda values: {**values, "format": "other"}, "no manifest of a data folder"),
-        (lambda values: {**values, "version": 2}, "has version 2"),
+        (lambda values: {**values, "version": 3}, "has version 3"),
         (lambda values: {**values, "extra": 1}, "is damaged: .*extra"),
         (lambda values: {k: v for k, v in values.items() if k != "splits"}, "is damaged: .*splits"),
         (lambda values: {**values, "splits": {"train": values["splits"]["train"]}}, "names that cannot be"),

@@ -1,4 +1,4 @@
-"""`epigram data`: text to a data folder, and a data folder under scrutiny."""
+"""`epigram data`: published shards to a folder, text to a data folder, and a data folder under scrutiny."""
 
 import dataclasses
 import json
@@ -8,10 +8,39 @@ from typing import Any
 
 import click
 
+_ALLOW = "Accept a validation split that is not the published one; every score made with it will say so."
 
-@click.group("data", help="Build and check folders of tokenized text.")
+
+@click.group("data", help="Fetch, build and check folders of tokenized text.")
 def command() -> None:
     pass
+
+
+@command.command("fetch")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to fill; by default data/NAME.")
+@click.option("--shards", type=int, help="Training shards of 100 million tokens (200 MB); by default 80.")
+@click.option("--revision", help="Commit or branch of the repository; by default its newest.")
+@click.option("--allow-other-validation", is_flag=True, help=_ALLOW)
+@click.option("--json", "as_json", is_flag=True, help="End with the record of what was fetched in one line of JSON.")
+def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Download published FineWeb shards: sp1024, sp2048, sp4096 or sp8192.
+
+    Goes on where an earlier call ended; every file is verified by length, header, tokens and hash. The settings
+    of the hub's own library count: HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
+    """
+    from epigram.data.fetch import fetch
+
+    result = fetch(name, out or Path("data") / name, **options)
+    for note in result.notes:
+        click.echo(f"note: {note}")
+    record = result.fetched
+    shards = [file for file in record.files if file.startswith("fineweb_train_")]
+    tokens = sum(record.files[file].tokens for file in shards)
+    click.echo(f"validation: {record.validation.text}")
+    click.echo(f"{result.path}: {len(shards)} training shards, {tokens:,} tokens: use it with --data {result.path}")
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(record)))
 
 
 @command.command("build")
@@ -30,19 +59,43 @@ def command() -> None:
 @click.option("--val-fraction", default=0.05, show_default=True, help="Share of the documents held out, without --val.")
 @click.option("--shard-tokens", default=100_000_000, show_default=True, help="Tokens of a full shard.")
 @click.option("--field", default="text", show_default=True, help="Field or column that holds the text of a record.")
+@click.option("--transform", default="", metavar="NAME", help="Of text before it is tokenized: caseops, or none.")
+@click.option("--min-chars", default=0, show_default=True, help="Leave out shorter documents.")
+@click.option(
+    "--language", default="", metavar="CODE", help="Leave out documents in other languages than this, e.g. en."
+)
+@click.option(
+    "--dedup",
+    type=click.Choice(["none", "exact", "near"]),
+    default="none",
+    show_default=True,
+    help="Leave out repeated documents (exact), and those of train that are nearly like one of val too (near).",
+)
+@click.option("--near-threshold", default=0.7, show_default=True, help="Share of common word sequences that is near.")
 @click.option("--workers", type=int, help="Processes; by default one a core, up to four.")
 @click.option("--seed", default=0, show_default=True, help="Decides which documents are held out.")
 @click.option("--json", "as_json", is_flag=True, help="End with the manifest in one line of JSON.")
-def build_command(sources: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+def build_command(
+    sources: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    min_chars: int,
+    language: str,
+    dedup: str,
+    near_threshold: float,
+    **options: Any,
+) -> None:
     """Build a data folder from text.
 
-    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .parquet, or the word stdlib: the documentation
-    that every Python carries. A text file is cut into documents at paragraph ends; in a folder each file is
-    one.
+    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .parquet, hf://OWNER/NAME[@REVISION][/FOLDER] for a
+    dataset on the hub, or the word stdlib: the documentation that every Python carries. A text file is cut into
+    documents at paragraph ends; in a folder each file is one. An interrupted build is gone on with.
     """
     from epigram.data.build import build
+    from epigram.data.clean import Cleaning
 
-    built = build(sources, out, **options)
+    cleaning = Cleaning(min_chars=min_chars, language=language, dedup=dedup, near_threshold=near_threshold)
+    built = build(sources, out, cleaning=cleaning, **options)
     for note in built.notes:
         click.echo(f"note: {note}")
     _show(built.manifest)
@@ -54,15 +107,16 @@ def build_command(sources: tuple[str, ...], out: Path, as_json: bool, **options:
 @command.command("check")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokenizer", "tokenizer_file", type=click.Path(path_type=Path), help="For a folder without a manifest.")
+@click.option("--allow-other-validation", is_flag=True, help=_ALLOW)
 @click.option("--json", "as_json", is_flag=True, help="End with the findings in one line of JSON.")
-def check_command(folder: Path, tokenizer_file: Path | None, as_json: bool) -> None:
+def check_command(folder: Path, tokenizer_file: Path | None, allow_other_validation: bool, as_json: bool) -> None:
     """Verify every hash, header, token and byte of a data FOLDER.
 
     Ends with code 1 when something is wrong with it.
     """
     from epigram.data.check import check
 
-    findings = check(folder, tokenizer_file)
+    findings = check(folder, tokenizer_file, allow_other_validation=allow_other_validation)
     errors = sum(finding.is_error for finding in findings)
     for finding in findings:
         click.echo(f"{'error' if finding.is_error else 'warning'}: {finding.text}")

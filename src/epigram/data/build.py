@@ -1,50 +1,43 @@
 """Text to a data folder: tokenizer, shards, document hashes, manifest; complete or absent.
 
-The sources are read twice. The first reading (`survey`) finds what is wrong with the text and draws the
-sample that a tokenizer is trained on; the second encodes. The folder is built beside its place under a hidden
-name and renamed at the end, so an error, a full disk or Ctrl-C leaves nothing behind. Same text and settings:
-same bytes, whatever the number of processes.
+The sources are read twice, large ones in part: the first reading (`survey`) finds what is wrong with the text and draws
+the sample that a tokenizer is trained on; the second encodes. The folder is built beside its place under a hidden name
+and renamed at the end. An error leaves nothing behind; what an interruption leaves is gone on with by the next build of
+the same text with the same settings. Same text and settings: same bytes, whatever the number of processes.
 """
 
-import contextlib
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from epigram.data.encode import EncodedBatch, encode_all
+from epigram.data.clean import Cleaning
+from epigram.data.encoding import Encoding, Plan
 from epigram.data.files import written_beside
-from epigram.data.gather import BY_HASH, Gathered, SourceFile, gather
+from epigram.data.gather import BY_HASH, Gathered, gather, is_remote
+from epigram.data.hub import Hub
 from epigram.data.manifest import (
-    SPLITS,
     TOKENIZER,
+    VERSION,
     Manifest,
     Settings,
     SourceEntry,
+    SplitEntry,
     TokenizerEntry,
     write_manifest,
 )
 from epigram.data.place import built_beside, check_place
 from epigram.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TOKEN_BYTES
-from epigram.data.split_writer import SplitWriter, count_shared, is_member
-from epigram.data.survey import (
-    Survey,
-    Trial,
-    check_unknown,
-    labelled,
-    split_hash,
-    survey,
-    try_tokenizer,
-    val_limit,
-)
+from epigram.data.spool import FILES_AT_A_TIME, Spool
+from epigram.data.survey import Survey, Trial, check_unknown, survey, try_tokenizer, val_limit
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.tokenizer_training import check_normalization, check_vocab_size, train_tokenizer
+from epigram.data.transforms import base as transforms
 from epigram.errors import DataError, UserError
-from epigram.progress import Progress
 
 VOCAB_SIZE = 1024
 VAL_FRACTION = 0.05  # of the documents
@@ -74,49 +67,63 @@ def build(
     workers: int | None = None,
     field: str = "text",
     seed: int = 0,
+    transform: str = "",
+    cleaning: Cleaning | None = None,
+    endpoint: str | None = None,
 ) -> Built:
-    """Build the data folder `out` from files, folders or "stdlib"; replaces a data folder that is there.
+    """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets; replaces an older data folder.
 
     tokenizer_file: used instead of training one with `vocab_size` pieces and `normalization`. val_sources:
     validation text; without it, `val_fraction` of the documents is held out, chosen by hash (see `gather` for
     folders that name their splits). field: holds the text of a record. workers: processes, by default one for
-    each core up to four.
+    each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`). cleaning: what
+    to leave out. endpoint: of the hub, by default what its library's settings say.
 
     Raises UserError for settings that cannot be (all of them in one message), DataError for text, a tokenizer
-    or a disk that cannot be used; nothing half-written is left behind.
+    or a disk that cannot be used; nothing half-written appears at `out`.
     """
-    out = Path(out)
-    _check_settings(tokenizer_file, vocab_size, normalization, val_fraction, shard_tokens, workers)
+    out, cleaning = Path(out), cleaning or Cleaning()
+    _check_settings(tokenizer_file, vocab_size, normalization, val_fraction, shard_tokens, workers, cleaning)
+    marks = transforms.load(transform).MARKS if transform else ""
     check_place(out)
-    gathered = gather(sources, val_sources, exclude=out)
+    hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
+    gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint))
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
-    found = survey(gathered.files, field, seed)
-    if tokenizer is None:
-        tokenizer = train_tokenizer(found.sample.texts(), vocab_size, normalization, seed=seed)
-    trial = try_tokenizer(tokenizer, found.sample)
-    by_hash = gathered.files[0].split == BY_HASH
-    limit = val_limit(found, gathered.files, tokenizer, field, val_fraction, seed) if by_hash else 0
-    settings = Settings(
-        field=field, seed=seed, val_fraction=val_fraction if by_hash else 0.0, shard_tokens=shard_tokens
-    )
-    job = _Job(gathered=gathered, found=found, tokenizer=tokenizer, settings=settings, limit=limit)
-    with built_beside(out) as folder:
-        _check_disk(folder, found, trial)
-        manifest = _write(folder, job, _workers(workers, found))
-        check_unknown(max(split.unknown_bytes / split.normalized_bytes for split in manifest.splits.values()))
-    notes = (*gathered.notes, *_notes(manifest, None if tokenizer_file is not None else vocab_size))
+    spool_folder = out.with_name(f".{out.name}.spool")
+    _check_spool(out, gathered)
+    with Spool(hub, gathered.files, spool_folder) as spool:
+        by_hash = any(file.split == BY_HASH for file in gathered.files)
+        fraction = val_fraction if by_hash else 0.0
+        training = tokenizer is None
+        found = survey(gathered.files, field, seed, val_fraction=fraction, for_training=training, local=spool.local)
+        if tokenizer is None:
+            encode = transforms.load(transform).encode if transform else None
+            texts = found.sample.texts()
+            tokenizer = train_tokenizer(
+                map(encode, texts) if encode else texts, vocab_size, normalization, seed=seed, marks=marks
+            )
+        _check_marks(tokenizer, marks, transform)
+        trial = try_tokenizer(tokenizer, found.sample)
+        limit = val_limit(found, gathered.files, tokenizer, field, fraction, seed, spool.local) if by_hash else 0
+        settings = Settings(
+            field=field,
+            seed=seed,
+            val_fraction=fraction,
+            shard_tokens=shard_tokens,
+            transform=transform,
+            min_chars=cleaning.min_chars,
+            language=cleaning.language,
+            dedup=cleaning.dedup,
+            near_threshold=cleaning.near_threshold if cleaning.dedup == "near" else 0.0,
+        )
+        plan = Plan(files=gathered.files, tokenizer=tokenizer, settings=settings, cleaning=cleaning, limit=limit)
+        with built_beside(out, _fingerprint(plan)) as folder:
+            _check_disk(folder, found, trial)
+            manifest = _write(folder, plan, found, _workers(workers, found), spool)
+            check_unknown(max(split.unknown_bytes / split.normalized_bytes for split in manifest.splits.values()))
+    shutil.rmtree(spool_folder, ignore_errors=True)
+    notes = (*gathered.notes, *_notes(manifest, vocab_size if training else None))
     return Built(path=out, manifest=manifest, notes=notes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What the second reading needs."""
-
-    gathered: Gathered
-    found: Survey
-    tokenizer: Tokenizer
-    settings: Settings
-    limit: int
 
 
 def _check_settings(
@@ -126,6 +133,7 @@ def _check_settings(
     val_fraction: float,
     shard_tokens: int,
     workers: int | None,
+    cleaning: Cleaning,
 ) -> None:
     problems = [] if tokenizer_file is not None else check_vocab_size(vocab_size) + check_normalization(normalization)
     if not 0 < val_fraction < 1:
@@ -134,12 +142,48 @@ def _check_settings(
         problems.append(f"shard_tokens = {shard_tokens} must lie between 1 and {MAX_SHARD_TOKENS:,}")
     if workers is not None and workers < 1:
         problems.append(f"workers = {workers} must be at least 1")
+    problems += cleaning.problems()
     if problems:
         raise UserError("; ".join(problems))
 
 
+def _check_marks(tokenizer: Tokenizer, marks: str, transform: str) -> None:
+    """UserError when the marks of a transform are not pieces of their own: each would be three bytes, or unknown."""
+    if missing := [f"U+{ord(mark):04X}" for mark in marks if mark not in set(tokenizer.pieces)]:
+        raise UserError(
+            f"the tokenizer has no pieces for {', '.join(missing)}, the marks of the transform {transform}: let one be "
+            "trained, or give one that was made with it"
+        )
+
+
+def _fingerprint(plan: Plan) -> str:
+    """Hash of all that the bytes of the folder depend on, and of the files as they lie there."""
+    facts = [
+        VERSION,
+        plan.tokenizer.sha256,
+        asdict(plan.settings),
+        plan.limit,
+        [file.stamp() for file in plan.files],
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _check_spool(out: Path, gathered: Gathered) -> None:
+    """DataError when the files of a dataset on the hub, a few at a time, do not fit on the disk."""
+    sizes = sorted((file.remote.num_bytes for file in gathered.files if file.remote), reverse=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes[:FILES_AT_A_TIME]), shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise DataError(
+            f"{needed / 1e9:,.2f} GB of the dataset are on the disk at a time, and that of {out.parent} has "
+            f"{free / 1e9:,.2f} GB free: free some space, or write to another disk"
+        )
+
+
 def _check_disk(folder: Path, found: Survey, trial: Trial) -> None:
-    needed = int(1.1 * TOKEN_BYTES * trial.tokens_per_byte * found.num_bytes) + 16 * sum(found.documents) + (1 << 20)
+    text_bytes = found.expected_bytes
+    documents = found.num_documents * text_bytes // max(found.num_bytes, 1)
+    needed = int(1.1 * TOKEN_BYTES * trial.tokens_per_byte * text_bytes) + 16 * documents + (1 << 20)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
@@ -149,42 +193,36 @@ def _check_disk(folder: Path, found: Survey, trial: Trial) -> None:
 
 
 def _workers(workers: int | None, found: Survey) -> int:
-    if found.num_bytes < _SMALL_BYTES:
+    if found.expected_bytes < _SMALL_BYTES:
         return 1  # the same bytes, sooner
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return workers or min(cores, _MOST_WORKERS)
 
 
-def _write(folder: Path, job: _Job, workers: int) -> Manifest:
+def _write(folder: Path, plan: Plan, found: Survey, workers: int, spool: Spool) -> Manifest:
     """Fill `folder`; returns the manifest, which is written last."""
     with written_beside(folder / TOKENIZER) as file:
-        file.write(job.tokenizer.proto)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(
-                SplitWriter(folder, split, job.settings.shard_tokens, keep_hashes=split == "val")
-            )
-            for split in SPLITS
-        }
-        duplicates = _encode(writers, job, workers)
-    for split, writer in writers.items():
-        if not writer.documents:
-            reason = "val has the same ones" if duplicates and split == "train" else "they are empty, or too much alike"
+        file.write(plan.tokenizer.proto)
+    stamps = [file.stamp() for file in plan.files]
+    encoding = Encoding(plan, folder, _fingerprint(plan), workers, spool)
+    splits = encoding.run(found.total_input_bytes)
+    _check_unchanged(plan, found, encoding.documents, stamps)
+    for split, entry in splits.items():
+        if not entry.documents:
+            duplicates = split == "train" and entry.duplicates
+            reason = "val has the same ones" if duplicates else "they are empty, too much alike, or cleaned away"
             raise DataError(f"no documents are left for {split}, {reason}: give more text, or other text for val")
-    splits = {split: writer.entry() for split, writer in writers.items()}
-    shared = count_shared(folder, splits, 0)
-    splits["train"] = replace(splits["train"], duplicates=duplicates, shared_starts=shared)
     manifest = Manifest(
         tokenizer=TokenizerEntry(
             file=TOKENIZER,
-            sha256=job.tokenizer.sha256,
-            vocab_size=job.tokenizer.vocab_size,
-            normalization=job.tokenizer.normalization,
+            sha256=plan.tokenizer.sha256,
+            vocab_size=plan.tokenizer.vocab_size,
+            normalization=plan.tokenizer.normalization,
         ),
-        settings=job.settings,
+        settings=plan.settings,
         sources=tuple(
             SourceEntry(file=file.name, kind=file.kind, split=file.split, documents=count)
-            for file, count in zip(job.gathered.files, job.found.documents, strict=True)
+            for file, count in zip(plan.files, encoding.documents, strict=True)
         ),
         splits=splits,
     )
@@ -192,55 +230,15 @@ def _write(folder: Path, job: _Job, workers: int) -> Manifest:
     return manifest
 
 
-def _encode(writers: dict[str, SplitWriter], job: _Job, workers: int) -> int:
-    """Encode all documents, those of val first; returns how many of train were in val already."""
-    duplicates = 0
-    with Progress("encoding", total=job.found.num_bytes / 1e6, unit="MB") as progress:
-        with contextlib.closing(_batches(job, workers, "val")) as batches:
-            for batch in batches:
-                writers["val"].add(batch, np.ones(len(batch.num_tokens), np.bool_))
-                progress.advance(int(batch.original_bytes.sum()) / 1e6)
-        in_val = writers["val"].whole_hashes()
-        with contextlib.closing(_batches(job, workers, "train", BY_HASH)) as batches:
-            for batch in batches:
-                held_out = _held_out(batch, job)
-                known = is_member(batch.hashes[:, 1], in_val) & (batch.num_tokens > 0)
-                duplicates += int(np.count_nonzero(known))
-                writers["val"].add(batch, held_out)
-                writers["train"].add(batch, ~held_out & ~known)
-                progress.advance(int(batch.original_bytes.sum()) / 1e6)
-    return duplicates
-
-
-def _batches(job: _Job, workers: int, *splits: str) -> Generator[EncodedBatch]:
-    """The encoded documents of the files of some splits; DataError when they are not as many as before."""
-    chosen = [
-        (file, count)
-        for file, count in zip(job.gathered.files, job.found.documents, strict=True)
-        if file.split in splits
-    ]
-    expected = sum(count for _, count in chosen)
-    files: list[SourceFile] = [file for file, _ in chosen]
-    if not files:
-        return
-    seen = 0
-    with contextlib.closing(encode_all(job.tokenizer, labelled(files, job.settings.field), workers)) as batches:
-        for batch in batches:
-            seen += len(batch.num_tokens)
-            yield batch
-    if seen != expected:
+def _check_unchanged(plan: Plan, found: Survey, documents: list[int], stamps: list[Any]) -> None:
+    """DataError when the files are not what they were when they were surveyed."""
+    if found.documents is not None and list(found.documents) != documents:
         raise DataError(
-            f"the sources changed while they were read ({expected:,} documents, then {seen:,}): build again"
+            f"the sources changed while they were read ({sum(found.documents):,} documents, then "
+            f"{sum(documents):,}): build again"
         )
-
-
-def _held_out(batch: EncodedBatch, job: _Job) -> NDArray[np.bool_]:
-    """Documents whose hash puts them in val, (N,)."""
-    if not job.limit:
-        return np.zeros(len(batch.num_tokens), np.bool_)
-    return np.array(
-        [split_hash(whole, job.settings.seed) < job.limit for whole in batch.hashes[:, 1].tolist()], np.bool_
-    )
+    if stamps != [file.stamp() for file in plan.files]:
+        raise DataError("the sources changed while they were read: build again")
 
 
 def _notes(manifest: Manifest, asked_vocab_size: int | None) -> Iterator[str]:
@@ -248,10 +246,7 @@ def _notes(manifest: Manifest, asked_vocab_size: int | None) -> Iterator[str]:
     if asked_vocab_size is not None and got < asked_vocab_size:
         yield f"the text gave {got:,} pieces, fewer than the {asked_vocab_size:,} asked for"
     for name, split in manifest.splits.items():
-        if split.empty_documents:
-            yield f"{name}: {split.empty_documents:,} empty documents were left out"
-        if split.duplicates:
-            yield f"{name}: {split.duplicates:,} documents were left out, as val has the same text"
+        yield from _left_out(name, split, manifest.settings)
         if split.shared_starts:
             yield (
                 f"{name}: {split.shared_starts:,} documents begin with the same {split.hashes.start_bytes} "
@@ -263,3 +258,17 @@ def _notes(manifest: Manifest, asked_vocab_size: int | None) -> Iterator[str]:
                 f"({split.unknown_bytes / split.normalized_bytes:.2%}) that this tokenizer cannot express; "
                 "scores count their loss but not their bytes"
             )
+
+
+def _left_out(name: str, split: SplitEntry, settings: Settings) -> Iterator[str]:
+    if split.empty_documents:
+        yield f"{name}: {split.empty_documents:,} empty documents were left out"
+    for count, why in (
+        (split.duplicates, "as val has the same text"),
+        (split.near_duplicates, "as val has nearly the same text"),
+        (split.repeated, "as an earlier one has the same text"),
+        (split.short_documents, f"as they are shorter than {settings.min_chars:,} characters"),
+        (split.other_language, f"as their language is not {settings.language}"),
+    ):
+        if count:
+            yield f"{name}: {count:,} documents were left out, {why}"

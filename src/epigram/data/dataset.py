@@ -1,6 +1,6 @@
 """Open a data folder: one that `epigram data build` wrote, or a bare one in the published layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from epigram.data.files import sha256_of
 from epigram.data.manifest import MANIFEST, SPLITS, Manifest, read_hashes, read_manifest
 from epigram.data.shards import Shard, open_shard
 from epigram.data.tokenizer import Tokenizer
+from epigram.data.transforms.base import load as load_transform
+from epigram.data.validation import Validation, allow, of_folder
 from epigram.errors import DataError, UserError
 
 
@@ -18,13 +20,17 @@ from epigram.errors import DataError, UserError
 class DataFolder:
     """Shards by split and the tokenizer that they were made with.
 
-    manifest: None for a folder in the published layout, which has none.
+    manifest: None for a folder in the published layout, which has none. byte_count_shards: by split, beside its shards,
+    where tokens do not tell how many bytes of text they stand for. validation: which validation split a folder of
+    published shards holds; None for any other.
     """
 
     path: Path
     manifest: Manifest | None
     tokenizer_path: Path
     shards: dict[str, tuple[Shard, ...]]
+    byte_count_shards: dict[str, tuple[Shard, ...]] = field(default_factory=dict)
+    validation: Validation | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -52,6 +58,25 @@ class DataFolder:
         """All tokens of a split, one shard after another, (T,) uint16, read into memory."""
         return np.concatenate([shard.read() for shard in self.split(name)])
 
+    def byte_counts(self, name: str) -> NDArray[np.uint16] | None:
+        """Bytes of text that each token of a split stands for, (T,) uint16, aligned with `stream`; None where the byte
+        tables of the tokenizer say so. DataError when the files do not belong to the shards."""
+        files = self.byte_count_shards.get(name, ())
+        if not files:
+            return None
+        found, wanted = [one.num_tokens for one in files], [shard.num_tokens for shard in self.split(name)]
+        if found != wanted:
+            raise DataError(
+                f"the byte counts of {name} in {self.path} are for {sum(found):,} tokens in {len(found)} files, its "
+                f"shards hold {sum(wanted):,} in {len(wanted)}: restore them, or build the data again"
+            )
+        return np.concatenate([one.read() for one in files])
+
+    @property
+    def transform(self) -> str:
+        """Name of the transform that the text went through before it was tokenized, "" for none or unknown."""
+        return self.manifest.settings.transform if self.manifest else ""
+
     def split_bytes(self, name: str) -> int | None:
         """Bytes of text that the tokens of a split stand for, by the manifest; None without one."""
         if self.manifest is None:
@@ -68,7 +93,11 @@ class DataFolder:
             left -= len(tokens)
             if left <= 0:
                 break
-        return self.tokenizer.decode_bytes(np.concatenate(parts[::-1] if from_end else parts))
+        text = self.tokenizer.decode_bytes(np.concatenate(parts[::-1] if from_end else parts))
+        if not self.transform:
+            return text
+        # A character that the limit cut in two goes, so that the rest can be read.
+        return load_transform(self.transform).decode(text.decode("utf-8", "ignore")).encode("utf-8")
 
     def document_hashes(self, name: str) -> NDArray[np.uint64]:
         """Hashes of a split's documents, (N, 2) uint64: of their starts, and of their whole texts."""
@@ -82,7 +111,8 @@ def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> Dat
 
     Without a manifest, shards are the files *_train_*.bin and *_val_*.bin in the order of their names, and
     the tokenizer is `tokenizer_file` or the one file *.model in the folder. Raises UserError for a folder
-    that is none of both, DataError for one that is damaged.
+    that is none of both, DataError for one that is damaged, or whose validation split is not the published one
+    (`data.validation`).
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -94,7 +124,7 @@ def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> Dat
 
 def is_published_layout(folder: Path) -> bool:
     """Whether a folder holds shards named like the published ones."""
-    return any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin"))
+    return any(published_shards(folder, split) for split in SPLITS)
 
 
 def _open_built(folder: Path, tokenizer_file: Path | None) -> DataFolder:
@@ -115,7 +145,17 @@ def _open_built(folder: Path, tokenizer_file: Path | None) -> DataFolder:
                 )
             opened.append(shard)
         shards[split] = tuple(opened)
-    return DataFolder(path=folder, manifest=manifest, tokenizer_path=folder / manifest.tokenizer.file, shards=shards)
+    counts = {
+        split: tuple(open_shard(folder / entry.file, split) for entry in manifest.splits[split].byte_counts)
+        for split in SPLITS
+    }
+    return DataFolder(
+        path=folder,
+        manifest=manifest,
+        tokenizer_path=folder / manifest.tokenizer.file,
+        shards=shards,
+        byte_count_shards=counts,
+    )
 
 
 def _open_bare(folder: Path, tokenizer_file: Path | None) -> DataFolder:
@@ -124,10 +164,34 @@ def _open_bare(folder: Path, tokenizer_file: Path | None) -> DataFolder:
             f"{folder} is no data folder (no {MANIFEST}, no *_train_*.bin): build one with "
             f"`epigram data build {folder} --out DIR`"
         )
-    shards = {
-        split: tuple(open_shard(path, split) for path in sorted(folder.glob(f"*_{split}_*.bin"))) for split in SPLITS
+    tokenizer_path = tokenizer_file or _only_model(folder)
+    shards = {split: tuple(open_shard(path, split) for path in published_shards(folder, split)) for split in SPLITS}
+    counts = {
+        split: tuple(open_shard(path, split) for path in sorted(folder.glob(f"*_{split}_bytes_*.bin")))
+        for split in SPLITS
     }
-    return DataFolder(path=folder, manifest=None, tokenizer_path=tokenizer_file or _only_model(folder), shards=shards)
+    validation = of_folder(folder, shards["val"], tokenizer_path)
+    return DataFolder(
+        byte_count_shards=counts,
+        path=folder,
+        manifest=None,
+        tokenizer_path=tokenizer_path,
+        shards=shards,
+        validation=validation,
+    )
+
+
+def allow_validation(folder: Path, tokenizer_file: str | Path | None = None) -> None:
+    """Write into a folder in the published layout that its validation split is meant, whichever it is."""
+    tokenizer_path = Path(tokenizer_file) if tokenizer_file else _only_model(folder)
+    allow(folder, [open_shard(path, "val") for path in published_shards(folder, "val")], tokenizer_path)
+
+
+def published_shards(folder: Path, split: str) -> list[Path]:
+    """Shards of a split by their names, in order; byte counts that lie beside them are none (`data.sidecar`)."""
+    return sorted(
+        path for path in folder.glob(f"*_{split}_*.bin") if not path.name.startswith(f"fineweb_{split}_bytes_")
+    )
 
 
 def _only_model(folder: Path) -> Path:

@@ -6,7 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from epigram.errors import DataError
 
@@ -29,6 +32,69 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+class Growing:
+    """A file that is written over a long time, beside its place until `finish`.
+
+    resume_bytes: go on with what an earlier process left, as long as `checkpoint` then said; it may have written more
+    since, or finished the file. Raises DataError when the disk is full, or what is to be resumed is not there.
+    """
+
+    def __init__(self, path: Path, resume_bytes: int | None = None) -> None:
+        self.path, self._beside = path, path.with_name(f".{path.name}.growing")
+        self._kept = resume_bytes is not None
+        if resume_bytes is None:
+            self._file: BinaryIO = self._beside.open("w+b")
+            return
+        if not self._beside.exists() and path.exists():
+            path.rename(self._beside)
+        if not self._beside.exists() or self._beside.stat().st_size < resume_bytes:
+            raise DataError(f"{self._beside} is shorter than it was: remove {path.parent} and build again")
+        self._file = self._beside.open("r+b")
+        self._file.truncate(resume_bytes)
+        self._file.seek(resume_bytes)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append."""
+        with full_disk_explained(self.path):
+            self._file.write(data)
+
+    def write_start(self, data: bytes) -> None:
+        """Overwrite the first bytes."""
+        self._file.seek(0)
+        self.write(data)
+        self._file.seek(0, os.SEEK_END)
+
+    def read_back(self, dtype: str, skip_bytes: int = 0) -> NDArray[Any]:
+        """What was written so far, without its first bytes."""
+        with full_disk_explained(self.path):
+            self._file.flush()
+        return np.fromfile(self._beside, dtype, offset=skip_bytes)
+
+    def checkpoint(self) -> int:
+        """Put everything on the disk, to be kept whatever happens; returns its length in bytes."""
+        self._kept = True
+        with full_disk_explained(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def finish(self) -> None:
+        """Give the file its name, its bytes being on the disk."""
+        with full_disk_explained(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._beside.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Close; the file goes, unless it was kept for a later process."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if not self._kept:
+            self._beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from epigram.data.files import sha256_of
+from epigram.data.hub import Hub, HubFile
 from epigram.data.manifest import FORMAT, MANIFEST
 from epigram.data.sources import base
 from epigram.errors import DataError, UserError
@@ -16,6 +17,7 @@ from epigram.progress import Progress
 
 _WORDS = re.compile(r"[^a-z]+")
 _NAMES = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test"}}
+_REMOTE = re.compile(r"hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?")
 BY_HASH = "by hash"
 
 
@@ -24,7 +26,8 @@ class SourceFile:
     """A file to read documents from.
 
     kind: name of the source. split: "train", "val", or "by hash" where each document's hash decides. whole: a
-    text file that is one document (`sources.text`). name: what it is called in the manifest.
+    text file that is one document (`sources.text`). name: what it is called in the manifest. remote: the file on the
+    hub that will be put at `path` when its turn comes.
     """
 
     path: Path
@@ -32,6 +35,25 @@ class SourceFile:
     split: str
     whole: bool
     name: str
+    remote: HubFile | None = None
+
+    @property
+    def input_bytes(self) -> int:
+        """Size, for progress: of the file, or of the text where there is none."""
+        if self.remote is not None:
+            return self.remote.num_bytes
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return sum(len(text) for text in self.documents("text"))
+
+    def stamp(self) -> list[str | int]:
+        """What changes when the file does, without reading it."""
+        if self.remote is not None:
+            return [self.name, self.remote.repo, self.remote.commit, self.remote.path]
+        if not self.path.is_file():
+            return [self.name, self.content_hash()]
+        stat = self.path.stat()
+        return [self.name, self.kind, self.split, self.whole, stat.st_size, stat.st_mtime_ns]
 
     def documents(self, field: str) -> Iterator[str]:
         """The documents of the file in order; DataError when it cannot be read."""
@@ -64,25 +86,30 @@ class Gathered:
 
 
 def gather(
-    sources: Sequence[str | Path], val_sources: Sequence[str | Path] = (), *, exclude: Path | None = None
+    sources: Sequence[str | Path],
+    val_sources: Sequence[str | Path] = (),
+    *,
+    exclude: Path | None = None,
+    hub: Callable[[], Hub] = Hub,
 ) -> Gathered:
     """All files of `sources` (files, folders, "stdlib"), split as `val_sources` or their names say.
 
     A folder is walked in the order of names, hidden files and `exclude` left aside. Where it holds records
     (.jsonl, .parquet), other files are not text to train on and are left out. A folder that has files named
     train and val is split by these names, and a file named test is then left out; otherwise the hash of each
-    document decides. Raises UserError for a path that does not exist, or is named twice.
+    document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records of a dataset on the hub, treated
+    like a folder; `hub` is asked for them. Raises UserError for a path that does not exist, or is named twice.
     """
     if not sources:
         raise UserError("there is nothing to read: name a file, a folder, or stdlib")
     notes: list[str] = []
-    val = [file for source in val_sources for file in _expand(Path(source), exclude, notes)]
+    val = [file for source in val_sources for file in _expand(source, exclude, notes, hub)]
     val = [replace(file, split="val") for file in val]
     taken = {_identity(file) for file in val}
     train: list[SourceFile] = []
     for source in sources:
-        found = [file for file in _expand(Path(source), exclude, notes) if _identity(file) not in taken]
-        if Path(source).is_dir() and not val_sources:
+        found = [file for file in _expand(source, exclude, notes, hub) if _identity(file) not in taken]
+        if (Path(source).is_dir() or is_remote(source)) and not val_sources:
             found = _split_by_name(found, notes)
         elif val_sources:
             found = [replace(file, split="train") for file in found]
@@ -99,13 +126,46 @@ def gather(
     return Gathered(files=tuple(files), notes=tuple(notes))
 
 
-def _expand(source: Path, exclude: Path | None, notes: list[str]) -> list[SourceFile]:
+def _expand(source: str | Path, exclude: Path | None, notes: list[str], hub: Callable[[], Hub]) -> list[SourceFile]:
+    if is_remote(source):
+        return _remote(str(source), hub())
+    source = Path(source)
     kind = base.source_for(source)
     if kind == base.FALLBACK and source.is_dir():
         return _walk(source, exclude, notes)
     if kind != "stdlib" and not source.is_file():
         raise UserError(f"there is no file or folder {source}: check the path")
     return [SourceFile(path=source, kind=kind, split=BY_HASH, whole=False, name=source.name)]
+
+
+def is_remote(source: str | Path) -> bool:
+    """Whether a source is on the hub."""
+    return str(source).startswith("hf://")
+
+
+def _remote(source: str, hub: Hub) -> list[SourceFile]:
+    """The files of records of a dataset on the hub, in the order of their names; nothing is downloaded yet."""
+    match = _REMOTE.fullmatch(source)
+    if match is None:
+        raise UserError(f"{source} names no dataset: write hf://OWNER/NAME, hf://OWNER/NAME@REVISION or .../FOLDER")
+    repo, revision, folder = match["repo"], match["revision"], (match["folder"] or "").strip("/")
+    listed = hub.list_files(repo, revision)
+    inside = [file for file in listed if not folder or file.path == folder or file.path.startswith(folder + "/")]
+    kinds = {file.path: base.source_for(Path(file.path)) for file in inside}
+    records = [file for file in inside if kinds[file.path] != base.FALLBACK]
+    if not records:
+        raise DataError(f"{source} holds no .parquet or .jsonl files: name another folder of the dataset")
+    return [
+        SourceFile(
+            path=Path(hashlib.sha256(f"{repo} {file.path}".encode()).hexdigest()[:16] + "-" + file.name),
+            kind=kinds[file.path],
+            split=BY_HASH,
+            whole=False,
+            name=f"{repo}/{file.path}",
+            remote=file,
+        )
+        for file in sorted(records, key=lambda file: file.path)
+    ]
 
 
 def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFile]:
@@ -172,7 +232,7 @@ def _note(what: str, folder: Path | None, paths: list[Path]) -> str:
 
 
 def _identity(file: SourceFile) -> tuple[str, Path]:
-    return file.kind, file.path.resolve()
+    return file.kind, file.path if file.remote else file.path.resolve()
 
 
 def _refuse_twice(files: list[SourceFile]) -> None:

@@ -18,7 +18,8 @@ from epigram.data.files import written_beside
 from epigram.errors import DataError
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
-FORMAT, VERSION = "epigram data", 1
+FORMAT, VERSION = "epigram data", 2
+READABLE = (1, 2)  # 1: without cleaning and transforms, which then have their defaults
 START_BYTES = 1024  # of a document's text, that its start hash is taken over
 SPLITS = ("train", "val")
 
@@ -60,7 +61,9 @@ class SplitEntry:
     how much of the normalised text the tokenizer could not express (nothing, where it has byte pieces); those
     bytes are in no score. empty_documents: left out, as nothing remained of them. duplicates: documents of
     train that were left out because val has the same text. shared_starts: documents of train that begin like
-    one of val; they are kept.
+    one of val; they are kept. Left out on request (`data.clean`): short_documents, other_language, near_duplicates
+    (of train, like one of val), repeated (equal to an earlier one of the split). byte_counts: files beside the shards
+    that hold the bytes of text of each token, where a transform makes them necessary.
     """
 
     documents: int
@@ -74,6 +77,11 @@ class SplitEntry:
     shared_starts: int
     shards: tuple[ShardEntry, ...]
     hashes: HashesEntry
+    short_documents: int = 0
+    other_language: int = 0
+    near_duplicates: int = 0
+    repeated: int = 0
+    byte_counts: tuple[ShardEntry, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +102,11 @@ class Settings:
     seed: int
     val_fraction: float
     shard_tokens: int
+    transform: str = ""
+    min_chars: int = 0
+    language: str = ""
+    dedup: str = "none"
+    near_threshold: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +132,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is not JSON ({error}): build the data again") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise DataError(f"{path} is no manifest of a data folder: give a folder that `epigram data build` wrote")
-    if values.get("version") != VERSION:
+    if values.get("version") not in READABLE:
         raise DataError(
-            f"{path} has version {values.get('version')}, and this release reads version {VERSION}: build "
+            f"{path} has version {values.get('version')}, and this release reads versions up to {VERSION}: build "
             "the data again"
         )
     return _structure(values, path)
@@ -139,7 +152,7 @@ def _structure(values: dict[str, Any], path: Path) -> Manifest:
     names = [
         name
         for split in manifest.splits.values()
-        for name in (*(shard.file for shard in split.shards), split.hashes.file)
+        for name in (*(shard.file for shard in (*split.shards, *split.byte_counts)), split.hashes.file)
     ]
     bad = [name for name in (*names, manifest.tokenizer.file) if Path(name).name != name or name in ("", ".", "..")]
     if bad or set(manifest.splits) != set(SPLITS):

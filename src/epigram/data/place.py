@@ -10,7 +10,10 @@ from pathlib import Path
 
 from epigram.data.files import sync_folder
 from epigram.data.gather import is_data_folder
+from epigram.data.journal import has_journal, journal_age_s, journal_fingerprint, remove_journal
 from epigram.errors import UserError
+
+_SILENT_S = 900.0  # a journal is written every half minute
 
 
 def check_place(out: Path) -> None:
@@ -22,35 +25,60 @@ def check_place(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def built_beside(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` when the block ends well, and is removed if not."""
+def built_beside(out: Path, fingerprint: str = "") -> Iterator[Path]:
+    """A folder that takes the place of `out` when the block ends well, and is removed if not.
+
+    It is empty, or what an interrupted build with the same `fingerprint` left (`data.journal`). A folder with a journal
+    outlives an interruption, a full disk or a killed process; a mistake of the user's that comes to light removes it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
-    folder = out.with_name(f"{_building(out)}{os.getpid()}")
+    folder = out.with_name(f"{_building(out)}{socket.gethostname()}-{os.getpid()}")
     try:
-        folder.mkdir()
+        if left := _left_over(out, fingerprint):
+            left.rename(folder)
+        else:
+            folder.mkdir()
         yield folder
+        remove_journal(folder)
         sync_folder(folder)
         _move(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        is_mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+        if is_mistake or not has_journal(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     sync_folder(out.parent)
 
 
 def _building(out: Path) -> str:
-    return f".{out.name}.building-{socket.gethostname()}-"
+    return f".{out.name}.building-"
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what builds of this machine that were killed outright have left beside `out`."""
-    for stale in out.parent.glob(f"{glob.escape(_building(out))}*"):
-        process = stale.name.rpartition("-")[2]
-        if process.isdecimal() and not _is_running(int(process)):
-            shutil.rmtree(stale, ignore_errors=True)
+def _left_over(out: Path, fingerprint: str) -> Path | None:
+    """What a build that is not running any more has left to go on from; what cannot be used is removed.
+
+    A build of another machine counts as ended when it has not written its journal for long.
+    """
+    usable = None
+    for folder in sorted(out.parent.glob(f"{glob.escape(_building(out))}*")):
+        machine, _, process = folder.name.removeprefix(_building(out)).rpartition("-")
+        if not process.isdecimal():
+            continue
+        age_s = journal_age_s(folder)
+        if machine == socket.gethostname():
+            is_over = not _is_running(int(process))
+        else:
+            is_over = age_s is not None and age_s > _SILENT_S
+        if is_over and usable is None and fingerprint and journal_fingerprint(folder) == fingerprint:
+            usable = folder
+        elif is_over:
+            shutil.rmtree(folder, ignore_errors=True)
+    return usable
 
 
 def _is_running(process: int) -> bool:
+    if process == os.getpid():  # the number of a process that ended long ago, or a build of this one that did
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -4,16 +4,16 @@
 little-endian uint16 ids. A document may go on in the next shard.
 """
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.data.files import sha256_of, written_beside
+from epigram.data.files import Growing, sha256_of, written_beside
 from epigram.errors import DataError
 
 MAGIC, VERSION = 20240520, 1
@@ -25,6 +25,11 @@ MAX_SHARD_TOKENS = 2**31 - 1  # what the header can say
 def shard_name(split: str, index: int) -> str:
     """File name of a shard: the one that published training scripts look for, whatever the text."""
     return f"fineweb_{split}_{index:06d}.bin"
+
+
+def byte_counts_name(split: str, index: int) -> str:
+    """File name of the byte counts beside a shard: the published one (parameter-golf #1729)."""
+    return f"fineweb_{split}_bytes_{index:06d}.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +105,19 @@ def write_shard(path: Path, tokens: NDArray[np.uint16], split: str) -> Shard:
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards of `shard_tokens` in a folder, on the disk as it comes.
+    """Cuts a stream of 16-bit values into shards of `shard_tokens` in a folder, on the disk as it comes.
 
-    `finished` lists the complete shards with their SHA-256. A context manager: a good end completes the last,
-    shorter shard, an error removes it. DataError when the disk is full.
+    name: of shard i of the split. `finished` lists the complete shards with their SHA-256. A context manager: a good
+    end completes the last, shorter shard, an error removes it unless a `state` was taken. DataError when the disk is
+    full.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, shard_tokens: int, name: Callable[[str, int], str] = shard_name
+    ) -> None:
         assert 0 < shard_tokens <= MAX_SHARD_TOKENS
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._file: BinaryIO | None = None
-        self._stack = contextlib.ExitStack()
+        self._folder, self._split, self._shard_tokens, self._name = folder, split, shard_tokens, name
+        self._file: Growing | None = None
         self._file_tokens = 0
         self.finished: list[tuple[Shard, str]] = []
 
@@ -120,17 +127,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            with self._stack:
+        try:
+            if kind is None:
                 self._finish()
-        else:
-            self._stack.__exit__(kind, error, trace)
+        finally:
+            if self._file is not None:
+                self._file.abandon()
 
     def write(self, tokens: NDArray[np.uint16]) -> None:
         """Append tokens to the stream."""
         while len(tokens):
             if self._file is None:
-                self._file = self._stack.enter_context(written_beside(self._path))
+                self._file = Growing(self._path)
                 self._file.write(header_bytes(0))
             part = tokens[: self._shard_tokens - self._file_tokens]
             self._file.write(np.ascontiguousarray(part, "<u2").data)
@@ -139,17 +147,42 @@ class ShardWriter:
             if self._file_tokens == self._shard_tokens:
                 self._finish()
 
+    def state(self) -> dict[str, Any]:
+        """Everything that a later process needs to go on, in plain values; what was written is kept for it."""
+        return {
+            "finished": [[shard.num_tokens, sha256] for shard, sha256 in self.finished],
+            "tokens": self._file_tokens,
+            "bytes": None if self._file is None else self._file.checkpoint(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, in the same folder. DataError when its files are not there."""
+        for num_tokens, sha256 in state["finished"]:
+            shard = open_shard(self._path, self._split)
+            if shard.num_tokens != num_tokens:
+                raise DataError(f"{shard.path} is not what it was: remove {self._folder} and build again")
+            self.finished.append((shard, sha256))
+        self._file_tokens = state["tokens"]
+        if state["bytes"] is not None:
+            self._file = Growing(self._path, state["bytes"])
+
+    def read_back(self) -> NDArray[np.uint16]:
+        """Everything that was written so far."""
+        parts = [shard.read() for shard, _ in self.finished]
+        if self._file is not None:
+            parts.append(self._file.read_back("<u2", HEADER_BYTES))
+        return np.concatenate([np.empty(0, np.uint16), *parts])
+
     @property
     def _path(self) -> Path:
-        return self._folder / shard_name(self._split, len(self.finished))
+        return self._folder / self._name(self._split, len(self.finished))
 
     def _finish(self) -> None:
         """Complete the open shard, if there is one."""
         if self._file is None:
             return
-        self._file.seek(0)
-        self._file.write(header_bytes(self._file_tokens))
-        self._stack.close()
+        self._file.write_start(header_bytes(self._file_tokens))
+        self._file.finish()
         shard = Shard(path=self._path, num_tokens=self._file_tokens, split=self._split)
         self.finished.append((shard, sha256_of(shard.path)))
         self._file, self._file_tokens = None, 0

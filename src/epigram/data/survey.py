@@ -1,56 +1,133 @@
-"""The first reading of the sources: whatever is wrong with the text shows before anything is written."""
+"""The first reading of the sources: whatever is wrong with the text shows before anything is written.
 
-from collections.abc import Iterator
+Of a small input all is read. Of a large one as much as the question needs: a sample to learn a tokenizer from, or to
+try the given one on. The rest is read once, when it is encoded.
+"""
+
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from epigram.data.encode import Labelled
-from epigram.data.gather import SourceFile
+from epigram.data.gather import BY_HASH, SourceFile
 from epigram.data.manifest import hash64
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.tokenizer_training import TextSample
+from epigram.data.works import works
 from epigram.errors import DataError
 from epigram.progress import Progress
 
 EVERY_HASH = 1 << 64
 _FEW_VAL_DOCUMENTS = 50  # expected; below this, chance could leave val empty, so documents are counted off instead
 _TRIAL_BYTES = 1 << 20
+_SMALL_INPUT_BYTES = 16 << 20  # of files, that are read whole
+_SAMPLED_BYTES = 1 << 30  # of text, that a tokenizer's sample is drawn from at most
 MAX_UNKNOWN_FRACTION = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a reading of all sources found: documents of each file, bytes of all text, some of the text."""
+    """What the first reading found.
 
-    documents: tuple[int, ...]
+    documents: of each file where all was read, else None. num_documents, num_bytes: of the text that was read, from
+    input_bytes of files. total_input_bytes: of all files. sample: some of the text to train on.
+    """
+
+    documents: tuple[int, ...] | None
+    num_documents: int
     num_bytes: int
+    input_bytes: int
+    total_input_bytes: int
     sample: TextSample
 
-
-def labelled(files: tuple[SourceFile, ...] | list[SourceFile], field: str) -> Iterator[Labelled]:
-    """All documents of the files with where they come from."""
-    for file in files:
-        for index, text in enumerate(file.documents(field)):
-            yield f"{file.path}, document {index + 1:,}", text
+    @property
+    def expected_bytes(self) -> int:
+        """Of all text, at the rate of what was read."""
+        return int(self.num_bytes * max(self.total_input_bytes / max(self.input_bytes, 1), 1.0))
 
 
-def survey(files: tuple[SourceFile, ...], field: str, seed: int) -> Survey:
-    """Read everything once; DataError for whatever is wrong with the text, also when there is none."""
-    sample = TextSample(seed=seed)
-    documents = []
+def survey(
+    files: Sequence[SourceFile],
+    field: str,
+    seed: int,
+    *,
+    val_fraction: float = 0.0,
+    for_training: bool = True,
+    local: Callable[[SourceFile], Path] = lambda file: file.path,
+) -> Survey:
+    """Read everything, or enough of a large input; DataError for whatever is wrong with what is read.
+
+    val_fraction: of documents that may have to be counted off one by one. for_training: a tokenizer is to be learned.
+    local: where a file can be read.
+    """
+    total = sum(file.input_bytes for file in files)
+    is_whole = total <= _SMALL_INPUT_BYTES
+    reading = _Reading(files, TextSample(seed=seed))
+    wanted_documents = _FEW_VAL_DOCUMENTS / val_fraction if val_fraction else 0
+
+    def is_enough() -> bool:
+        if is_whole or reading.num_documents < wanted_documents:
+            return False
+        return reading.sample.seen_bytes >= (_SAMPLED_BYTES if for_training else _TRIAL_BYTES)
+
     with Progress("reading the text", unit="MB") as progress:
-        for file in files:
-            count = 0
-            for text in file.documents(field):
-                count += 1
-                if file.split != "val":
-                    sample.add(text)
-                else:
-                    sample.seen_bytes += len(text.encode("utf-8"))
-                progress.update(sample.seen_bytes / 1e6)
-            documents.append(count)
-    if not sample.num_bytes:
+        for index in _order(files, seed, is_whole):
+            reading.read(index, field, local, is_enough, progress)
+            if is_enough():
+                break
+    if not reading.sample.num_bytes:
         raise DataError(f"there is no text to train on in {', '.join(file.name for file in files)}: name other sources")
-    return Survey(documents=tuple(documents), num_bytes=sample.seen_bytes, sample=sample)
+    return Survey(
+        documents=tuple(reading.documents) if is_whole else None,
+        num_documents=reading.num_documents,
+        num_bytes=reading.num_bytes,
+        input_bytes=reading.input_bytes,
+        total_input_bytes=total,
+        sample=reading.sample,
+    )
+
+
+def _order(files: Sequence[SourceFile], seed: int, is_whole: bool) -> list[int]:
+    """All files as they come; of a large input those to train on, remote ones as they come (they are fetched in this
+    order too), others shuffled."""
+    if is_whole:
+        return list(range(len(files)))
+    order = [index for index, file in enumerate(files) if file.split != "val"]
+    if not any(file.remote for file in files):
+        random.Random(seed).shuffle(order)
+    return order
+
+
+class _Reading:
+    """Sums over what was read so far."""
+
+    def __init__(self, files: Sequence[SourceFile], sample: TextSample) -> None:
+        self.documents = [0] * len(files)
+        self.num_documents = self.num_bytes = self.input_bytes = 0
+        self.sample = sample
+        self._files = files
+
+    def read(
+        self,
+        index: int,
+        field: str,
+        local: Callable[[SourceFile], Path],
+        is_enough: Callable[[], bool],
+        progress: Progress,
+    ) -> None:
+        """Read one file, or as much of it as is enough."""
+        file = self._files[index]
+        for work in works([file], [file.split], field, local=local):
+            for _, text in work.part.documents(field):
+                self.documents[index] += 1
+                self.num_documents += 1
+                self.num_bytes += len(text.encode("utf-8"))
+                if file.split != "val":
+                    self.sample.add(text)
+                progress.update(self.num_bytes / 1e6)
+            self.input_bytes += work.part.input_bytes
+            if is_enough():
+                return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +170,12 @@ def split_hash(whole_hash: int, seed: int) -> int:
 
 def val_limit(
     found: Survey,
-    files: tuple[SourceFile, ...],
+    files: Sequence[SourceFile],
     tokenizer: Tokenizer,
     field: str,
     val_fraction: float,
     seed: int,
+    local: Callable[[SourceFile], Path] = lambda file: file.path,
 ) -> int:
     """The split hash below which a document goes to val: `val_fraction` of all hashes.
 
@@ -105,9 +183,10 @@ def val_limit(
     least one. The hash is that of the normalised text, so equal documents stay together. Raises DataError
     when there are not two different documents.
     """
-    if val_fraction * sum(found.documents) >= _FEW_VAL_DOCUMENTS:
+    if val_fraction * found.num_documents >= _FEW_VAL_DOCUMENTS:
         return round(val_fraction * EVERY_HASH)
-    normalized = (tokenizer.normalize(text).encode("utf-8") for _, text in labelled(files, field))
+    every = (text for work in works(files, [BY_HASH], field, local=local) for _, text in work.part.documents(field))
+    normalized = (tokenizer.normalize(text).encode("utf-8") for text in every)
     hashes = sorted({split_hash(hash64(text), seed) for text in normalized if text})
     if len(hashes) < 2:
         raise DataError(

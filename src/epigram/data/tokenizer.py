@@ -111,9 +111,13 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> tuple[NDArray[np.uint16], bytes]:
         """The BOS and the ids of `text`, and the normalised text in UTF-8 that they stand for."""
-        normalized = self._normalize(text)
-        ids = np.concatenate([np.array([self.bos_id], np.uint16), self._encode_normalized(normalized)])
-        return ids, normalized[self._settings.dummy_prefix :].encode("utf-8")
+        normalized = self.normalize(text)
+        return self.encode_normalized(normalized), normalized.encode("utf-8")
+
+    def encode_normalized(self, normalized: str) -> NDArray[np.uint16]:
+        """The BOS and the ids of a text that is normalised already."""
+        prefix = " " if self._settings.dummy_prefix and normalized else ""
+        return np.concatenate([np.array([self.bos_id], np.uint16), self._encode_normalized(prefix + normalized)])
 
     def _encode_normalized(self, text: str) -> NDArray[np.uint16]:
         encoded: list[bytes] = []

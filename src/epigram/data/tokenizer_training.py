@@ -83,13 +83,15 @@ def train_tokenizer(
     *,
     seed: int = 0,
     sample_bytes: int = SAMPLE_BYTES,
+    marks: str = "",
 ) -> Tokenizer:
     """A BPE tokenizer with byte fallback, learned from at most `sample_bytes` of the texts.
 
     The settings are those of the published tokenizers (techniques of parameter-golf #1212: coverage 0.999,
     digits split, no dummy prefix, soft vocabulary limit, ids pad 0, bos 1, eos 2, unk 3), with byte pieces,
     so that every character can be written. With "identity" nothing about white space is lost, and runs of
-    blanks can become pieces. Text with little variety gives fewer pieces than asked for.
+    blanks can become pieces. Text with little variety gives fewer pieces than asked for. Each of `marks` becomes a
+    piece of its own that no other contains.
 
     Raises UserError for a size or normalisation that cannot be, DataError when there is no text, or when the
     vocabulary has no room for the characters of the text.
@@ -102,10 +104,10 @@ def train_tokenizer(
     sentences = [kept for text in sample.texts() if (kept := text.translate(_RESERVED)).strip("\r\n")]
     if not any(sentence.strip() for sentence in sentences):
         raise DataError("there is no text to learn a tokenizer from: give text, or a tokenizer file")
-    return Tokenizer.from_bytes(_train(iter(sentences), vocab_size, normalization))
+    return Tokenizer.from_bytes(_train(iter(sentences), vocab_size, normalization, marks))
 
 
-def _train(sentences: Iterator[str], vocab_size: int, normalization: str) -> bytes:
+def _train(sentences: Iterator[str], vocab_size: int, normalization: str, marks: str) -> bytes:
     import sentencepiece
 
     settings: dict[str, Any] = {
@@ -125,6 +127,7 @@ def _train(sentences: Iterator[str], vocab_size: int, normalization: str) -> byt
         "bos_id": 1,
         "eos_id": 2,
         "unk_id": 3,
+        "user_defined_symbols": list(marks),
         "num_threads": 1,  # written into the model file: the same on every machine
         "minloglevel": 2,
     }

@@ -59,12 +59,24 @@ def _pieces(tokens: NDArray[np.integer], first: int, end: int) -> Iterator[tuple
         yield tokens[start:stop], tokens[start + 1 : stop + 1]
 
 
-def count_bytes(tokens: NDArray[np.integer], tables: ByteTables, first: int = 0, end: int | None = None) -> int:
+def count_bytes(
+    tokens: NDArray[np.integer],
+    tables: ByteTables,
+    first: int = 0,
+    end: int | None = None,
+    byte_counts: NDArray[np.integer] | None = None,
+) -> int:
     """Bytes of the targets first..end-1 of a stream (target t is token t + 1); by default of all.
 
-    Raises DataError for an id that the tables do not have: the text was made by another tokenizer.
+    byte_counts: of each token, where a transform of the text makes them differ from the tables (parameter-golf #1729).
+    Raises DataError for an id that the tables do not have (the text was made by another tokenizer), and for byte counts
+    of another stream.
     """
     end = len(tokens) - 1 if end is None else end
+    if byte_counts is not None:
+        if len(byte_counts) != len(tokens):
+            raise DataError(f"there are byte counts for {len(byte_counts):,} tokens, and {len(tokens):,} to be scored")
+        return int(byte_counts[first + 1 : end + 1].sum(dtype=np.int64))
     vocab_size, total = len(tables.token_bytes), 0
     for previous, targets in _pieces(tokens, first, end):
         largest = int(max(previous.max(), targets.max()))
@@ -77,13 +89,18 @@ def count_bytes(tokens: NDArray[np.integer], tables: ByteTables, first: int = 0,
     return total
 
 
-def check_bytes(tokens: NDArray[np.integer], tables: ByteTables, expected_bytes: int | None) -> int:
+def check_bytes(
+    tokens: NDArray[np.integer],
+    tables: ByteTables,
+    expected_bytes: int | None,
+    byte_counts: NDArray[np.integer] | None = None,
+) -> int:
     """Bytes of all targets, compared with what the data's manifest says before time is spent on scoring.
 
     `expected_bytes` None: the data has no manifest, nothing to compare with. Raises DataError when they
     differ: then the denominator of the score would be wrong (parameter-golf #1719, #1923, #2071).
     """
-    found = count_bytes(tokens, tables)
+    found = count_bytes(tokens, tables, byte_counts=byte_counts)
     if expected_bytes is not None and found != expected_bytes:
         raise DataError(
             f"the tokens to be scored stand for {found:,} bytes of text, but the manifest says "

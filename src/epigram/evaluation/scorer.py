@@ -59,6 +59,7 @@ def score(
     device: torch.device,
     batch_tokens: int,
     expected_bytes: int | None,
+    byte_counts: NDArray[np.uint16] | None = None,
     rank: int = 0,
     world_size: int = 1,
     reduce: Reduce | None = None,
@@ -67,7 +68,8 @@ def score(
     """What `nll` loses on every token of `tokens` but the first, by `method`.
 
     tokens: (n + 1,) the whole stream, the same on every rank. expected_bytes: the bytes of text that the
-    manifest gives for it; None only where there is no manifest. reduce: needed with more than one rank to get
+    manifest gives for it; None only where there is no manifest. byte_counts: (n + 1,) bytes of text that each token
+    stands for, where the tables do not tell. reduce: needed with more than one rank to get
     the whole score; without it the result is this rank's part, and parts add up. batch_tokens: at most this
     many tokens a forward.
 
@@ -75,13 +77,13 @@ def score(
     from `expected_bytes`, UserError when a loss is not a finite number.
     """
     plan = plan_windows(len(tokens) - 1, method.seq_len, method.stride)
-    all_bytes = check_bytes(tokens, tables, expected_bytes)
+    all_bytes = check_bytes(tokens, tables, expected_bytes, byte_counts)
     share = rank_share(plan, rank, world_size)
     size = batch_size(len(plan), plan.length, world_size, batch_tokens)
     with torch.no_grad(), Progress(f"score {method.name}", share.num_scored, "tokens") as bar:
         advance = bar.advance if progress else None
         nats, counted = _sum_losses(nll, _batches(tokens, share, size, method, device), method, device, advance)
-    num_bytes = torch.tensor(count_bytes(tokens, tables, *share.scored), device=nats.device)
+    num_bytes = torch.tensor(count_bytes(tokens, tables, *share.scored, byte_counts), device=nats.device)
     sums = torch.stack([nats, counted.double(), num_bytes.double()])
     result = _as_score(reduce(sums) if reduce else sums)
     if reduce or world_size == 1:

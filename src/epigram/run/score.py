@@ -34,13 +34,17 @@ def score_split(
     split: str = "val",
     max_tokens: int = 0,
 ) -> dict[str, Any]:
-    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s.
+    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s; and for published shards
+    `validation`, which says whose validation split it was.
 
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
     """
     tokens = data.stream(split)
     whole = not 0 < max_tokens < len(tokens) - 1
-    tokens = tokens if whole else tokens[: max_tokens + 1]
+    byte_counts = data.byte_counts(split)
+    if not whole:
+        tokens = tokens[: max_tokens + 1]
+        byte_counts = None if byte_counts is None else byte_counts[: max_tokens + 1]
     start_s = time.perf_counter()
     found = score(
         nll,
@@ -50,6 +54,7 @@ def score_split(
         device=context.device,
         batch_tokens=max(batch_tokens, method.seq_len),
         expected_bytes=data.split_bytes(split) if whole else None,
+        byte_counts=byte_counts,
         rank=context.rank,
         world_size=context.world_size,
         reduce=partial(collectives.summed, context) if context.world_size > 1 else None,
@@ -62,6 +67,7 @@ def score_split(
         "seq_len": method.seq_len,
         "stride": method.stride,
         "score_s": round(score_s, 3),
+        **({"validation": data.validation.text} if data.validation is not None and split == "val" else {}),
     }
 
 
@@ -85,6 +91,8 @@ def score_model(
     seq_len = seq_len or model.context_len
     nll = token_loss(model.gpt, compile_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens)))
     rows = {}
+    if data.validation is not None and split == "val":
+        print(f"validation: {data.validation.text}", flush=True)
     for name in methods or METHODS:
         width = seq_len if name == "blocks" else stride or max(seq_len // 8, 1)
         method = Method(name=name, seq_len=seq_len, stride=width)

@@ -2,25 +2,34 @@
 
 A source is one file of this folder with two functions:
 
-    claims(path: Path) -> bool                               whether the source reads this path, from its name
-    alone documents(path: Path, field: str) -> Iterator[str]       the documents, in a fixed order; `field`
-    holds the text of
-                                                             a record, where the format has records
+    claims(path: Path) -> bool     whether the source reads this path, from its name alone
+    documents(path: Path, field: str) -> Iterator[str]
+                                   the documents, in a fixed order; `field` holds the text of a record, where the
+                                   format has records
 
-and, where the hash of the file's bytes will not do, `content_hash(path: Path) -> str`, which must change with
-the text. They are importable without the source's own library, which `documents` imports. Documents may be
-empty; whoever reads them drops those. Whatever the file, a source holds a bounded part of it in memory
+and, where they apply, two more:
+
+    content_hash(path: Path) -> str
+                                   where the hash of the file's bytes will not do: it must change with the text
+    parts(path: Path, field: str) -> Iterator[Part]
+                                   where a file can be cut without decoding it, so that documents are decoded where
+                                   they are encoded
+
+They are importable without the source's own library, which is imported when text is read. Documents may be empty;
+whoever reads them drops those. Whatever the file, a source holds a bounded part of it in memory
 (`MAX_DOCUMENT_BYTES`).
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 from epigram import plugin
 from epigram.errors import DataError
 
+Labelled = tuple[str, str]  # where a document comes from, for messages, and its text
 PACKAGE = "epigram.data.sources"
 FALLBACK = "text"  # reads whatever no other source claims
 MAX_DOCUMENT_BYTES = 16 << 20  # of one record, so that memory stays bounded whatever the input
@@ -33,6 +42,57 @@ _MARKS = {  # first bytes of what is often taken for text
     b"\xfd7zXZ": "compressed with xz, which is not read",
     b"PK\x03\x04": "like a zip archive or an office document",
 }
+
+
+class Part(Protocol):
+    """A stretch of a file that any process can turn into documents, without what comes before it.
+
+    input_bytes: how much of the file it is, for progress. held_bytes: of text that the part itself carries.
+    """
+
+    @property
+    def input_bytes(self) -> int: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    def documents(self, field: str) -> Iterator[Labelled]:
+        """The documents of the part; DataError when they cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Documents that are decoded already."""
+
+    texts: tuple[Labelled, ...]
+    input_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """All of the text."""
+        return self.input_bytes
+
+    def documents(self, field: str) -> Iterator[Labelled]:
+        """The documents as they are."""
+        return iter(self.texts)
+
+
+class Counted:
+    """Passes chunks on and counts their bytes."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks, self._bytes = chunks, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._chunks:
+            self._bytes += len(chunk)
+            yield chunk
+
+    def take(self) -> int:
+        """Bytes since the last call."""
+        taken, self._bytes = self._bytes, 0
+        return taken
 
 
 def source_for(path: Path) -> str:
@@ -72,24 +132,38 @@ def decode(raw: bytes, path: Path, where: str, offset: int = 0) -> str:
         ) from error
 
 
-def lines(chunks: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines without their line end, numbered from 1; DataError for a line above `MAX_DOCUMENT_BYTES`."""
-    parts: list[bytes] = []
-    number, pending_bytes = 1, 0
-    for chunk in itertools.chain(chunks, [b""]):
-        *complete, rest = chunk.split(b"\n")
-        for end in complete:
-            yield number, b"".join([*parts, end]).rstrip(b"\r")
-            number, parts, pending_bytes = number + 1, [], 0
-        parts.append(rest)
-        pending_bytes += len(rest)
-        if pending_bytes > MAX_DOCUMENT_BYTES:
+def lines(raw: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of `raw` without their line ends, numbered from `first`."""
+    rows = raw.split(b"\n")
+    if not rows[-1]:
+        rows.pop()
+    for number, row in enumerate(rows, first):
+        yield number, row.rstrip(b"\r")
+
+
+def whole_lines(chunks: Iterable[bytes], path: Path, part_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Stretches of whole lines, each as short as it can be from `part_bytes` on, with the numbers of their first lines,
+    from 1. They do not depend on how the file is cut into chunks.
+
+    DataError for a line above `MAX_DOCUMENT_BYTES`.
+    """
+    pending, first = bytearray(), 1
+    for chunk in chunks:
+        searched = max(len(pending), part_bytes - 1)
+        pending += chunk
+        while (end := pending.find(b"\n", searched) + 1) > 0:
+            raw = bytes(pending[:end])
+            del pending[:end]
+            yield first, raw
+            first += raw.count(b"\n")
+            searched = part_bytes - 1
+        if len(pending) > MAX_DOCUMENT_BYTES + part_bytes:
             raise DataError(
-                f"{path}, line {number} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB: split this document "
-                "into shorter ones, one a line"
+                f"{path}, line {first + pending.count(10)} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB: split this "
+                "document into shorter ones, one a line"
             )
-    if any(parts):
-        yield number, b"".join(parts).rstrip(b"\r")
+    if pending:
+        yield first, bytes(pending)
 
 
 def check_surrogates(text: str, path: Path, where: str) -> str:

@@ -3,12 +3,14 @@
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from epigram.data.sources.base import check_surrogates, decode, lines, read_chunks
+from epigram.data.sources.base import Counted, Labelled, check_surrogates, decode, lines, read_chunks, whole_lines
 from epigram.errors import DataError
 
 _SUFFIXES = (".jsonl", ".ndjson")
+_PART_BYTES = 1 << 20  # of lines
 _ZSTD_INPUT_BYTES = 1 << 14  # a small piece at a time: highly repetitive text can grow ten-thousandfold
 _ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes; memory is taken only as a file asks for it
 
@@ -19,15 +21,43 @@ def claims(path: Path) -> bool:
     return name.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES)
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Some whole lines of a file, the first of which is line `first`."""
+
+    path: Path
+    first: int
+    raw: bytes
+    input_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """All of the lines."""
+        return len(self.raw)
+
+    def documents(self, field: str) -> Iterator[Labelled]:
+        """The string under `field` of each line's object; blank lines are passed over."""
+        for number, line in lines(self.raw, self.first):
+            if line and not line.isspace():
+                yield f"{self.path}, line {number:,}", _text(line, self.path, number, field)
+
+
+def parts(path: Path, field: str = "text") -> Iterator[Lines]:
+    """The file in stretches of about a MiB, not decoded yet: that is most of the work of reading."""
+    chunks = Counted(read_chunks(path))
+    for first, raw in whole_lines(_chunks(chunks, path), path, _PART_BYTES):
+        yield Lines(path, first, raw, chunks.take())
+
+
 def documents(path: Path, field: str = "text") -> Iterator[str]:
     """The string under `field` of each line's object; blank lines are passed over.
 
     Raises DataError, with the line number, for a line that is no JSON object, lacks the field, or is not
     UTF-8.
     """
-    for number, line in lines(_chunks(path), path):
-        if line and not line.isspace():
-            yield _text(line, path, number, field)
+    for part in parts(path):
+        for _, text in part.documents(field):
+            yield text
 
 
 def _text(line: bytes, path: Path, number: int, field: str) -> str:
@@ -51,8 +81,7 @@ def _text(line: bytes, path: Path, number: int, field: str) -> str:
     return check_surrogates(text, path, where)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    raw = read_chunks(path)
+def _chunks(raw: Iterable[bytes], path: Path) -> Iterable[bytes]:
     if path.name.lower().endswith(".gz"):
         return _gunzip(raw, path)
     if path.name.lower().endswith(".zst"):

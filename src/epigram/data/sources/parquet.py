@@ -1,10 +1,13 @@
 """Apache Parquet with a column of strings, read in small batches."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epigram.data.sources.base import MAX_DOCUMENT_BYTES
+from epigram.data.sources.base import MAX_DOCUMENT_BYTES, Labelled
 from epigram.errors import DataError, UserError
 
 _BATCH_ROWS = 16
@@ -16,11 +19,57 @@ def claims(path: Path) -> bool:
     return path.name.lower().endswith(".parquet")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One row group of a file, which begins with row `first`, without its first `skipped` rows."""
+
+    path: Path
+    group: int
+    first: int
+    input_bytes: int
+    skipped: int = 0
+    held_bytes: int = 0  # whoever decodes it reads it
+
+    def documents(self, field: str) -> Iterator[Labelled]:
+        """Values of the column `field`, in row order."""
+        pyarrow = _library()
+        with _readable(self.path, pyarrow) as file:
+            batches = file.iter_batches(_BATCH_ROWS, row_groups=[self.group], columns=[field], use_threads=False)
+            values = (value for batch in batches for value in batch.column(0))
+            for row, value in enumerate(itertools.islice(values, self.skipped, None), self.first + self.skipped + 1):
+                yield f"{self.path}, row {row:,}", _text(value, self.path, row, field)
+
+    def after(self, num_documents: int) -> "Rows":
+        """The part without so many more documents: a row group can hold more than is good for one process."""
+        return replace(self, skipped=self.skipped + num_documents, input_bytes=0)
+
+
+def parts(path: Path, field: str = "text") -> Iterator[Rows]:
+    """The row groups of the file.
+
+    Raises DataError for a damaged file, and a missing column or one that is no string.
+    """
+    pyarrow = _library()
+    with _readable(path, pyarrow) as file:
+        _check_column(path, file.schema_arrow, field, pyarrow.types)
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    num_bytes, first, total = path.stat().st_size, 0, max(sum(sizes), 1)
+    for group, size in enumerate(sizes):
+        yield Rows(path, group, first, num_bytes * size // total)
+        first += size
+
+
 def documents(path: Path, field: str = "text") -> Iterator[str]:
     """Values of the column `field`, in row order.
 
     Raises DataError for a damaged file, a missing column or one that is no string, and a row without a value.
     """
+    for part in parts(path, field):
+        for _, text in part.documents(field):
+            yield text
+
+
+def _library() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -28,14 +77,14 @@ def documents(path: Path, field: str = "text") -> Iterator[str]:
         raise UserError(
             "reading .parquet needs the library pyarrow: pip install 'epigram[parquet]', or convert the file to .jsonl"
         ) from error
+    return pyarrow
+
+
+@contextlib.contextmanager
+def _readable(path: Path, pyarrow: Any) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
-            _check_column(path, file.schema_arrow, field, pyarrow.types)
-            row = 0
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[field], use_threads=False):
-                for value in batch.column(0):
-                    row += 1
-                    yield _text(value, path, row, field)
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({_first_line(error)}): download or write it again"

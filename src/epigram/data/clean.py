@@ -1,0 +1,146 @@
+"""What is left out of a build on request: short documents, other languages, repetitions. Each is counted.
+
+Always on, and not here: training documents with the text of a validation document (`build`).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epigram.errors import UserError
+
+DROPPED = ("empty_documents", "short_documents", "other_language", "near_duplicates")  # reasons, from 1; 0 is kept
+EMPTY, SHORT, LANGUAGE, NEAR = range(1, len(DROPPED) + 1)
+DEDUP = ("none", "exact", "near")
+_SHINGLE_WORDS = 5
+_WORDS = re.compile(r"\w+")
+_PERMUTATIONS, _BANDS = 128, 32
+_SEED = 1
+_LANGUAGE_CHARS = 2000  # of a document that are looked at: more costs time and hardly changes the answer
+_RECENT = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """What to leave out.
+
+    min_chars: of the normalised text of a document. language: code such as "en" of the only language to keep, ""
+    for any. dedup: "exact" keeps one of equal documents, "near" leaves out training documents too that are like a
+    validation document: by MinHash, a share of at least `near_threshold` of the five-word sequences of both
+    together is in both.
+    """
+
+    min_chars: int = 0
+    language: str = ""
+    dedup: str = "none"
+    near_threshold: float = 0.7
+
+    def problems(self) -> list[str]:
+        """Settings that cannot be, in words."""
+        found = []
+        if self.min_chars < 0:
+            found.append(f"min_chars = {self.min_chars} must not be negative")
+        if self.dedup not in DEDUP:
+            found.append(f"dedup = {self.dedup!r} is unknown: choose one of {', '.join(DEDUP)}")
+        if not 0.3 <= self.near_threshold <= 1:
+            found.append(f"near_threshold = {self.near_threshold} must lie between 0.3 and 1")
+        return found
+
+
+class Cleaner:
+    """Decides about one document at a time; each process has its own. `near`: signatures of validation documents.
+
+    Raises UserError when a library is missing or the language is unknown to it.
+    """
+
+    def __init__(self, cleaning: Cleaning, near: Sequence[Any] = ()) -> None:
+        self._cleaning = cleaning
+        self._identify = _language_identifier(cleaning.language) if cleaning.language else None
+        self._near: list[Any] = list(near)
+        self._index: Any = None
+        if self._near:
+            self._index = rensa().RMinHashLSH(cleaning.near_threshold, _PERMUTATIONS, _BANDS)
+            for key, signature in enumerate(self._near):
+                self._index.insert(key, signature)
+
+    def reason(self, text: str) -> int:
+        """Why a document of normalised `text` is left out (an index into `DROPPED`, from 1), or 0."""
+        if not text:
+            return EMPTY
+        if len(text) < self._cleaning.min_chars:
+            return SHORT
+        if self._identify is not None and self._identify(text[:_LANGUAGE_CHARS]) != self._cleaning.language:
+            return LANGUAGE
+        return 0
+
+    def is_near(self, text: str) -> bool:
+        """Whether a text is like one of the signatures."""
+        if self._index is None:
+            return False
+        own = signature(text)
+        threshold = self._cleaning.near_threshold
+        return any(self._near[key].jaccard(own) >= threshold for key in self._index.query(own))
+
+
+def signature(text: str) -> Any:
+    """MinHash of the five-word sequences of a text, letter case and punctuation left aside."""
+    words = _WORDS.findall(text.lower())
+    count = max(len(words) - _SHINGLE_WORDS + 1, 1)
+    shingles = {" ".join(words[start : start + _SHINGLE_WORDS]) for start in range(count)}
+    minhash = rensa().RMinHash(_PERMUTATIONS, _SEED)
+    minhash.update(sorted(shingles))
+    return minhash
+
+
+def rensa() -> Any:
+    """The library of MinHash; UserError when it is missing."""
+    try:
+        import rensa as library
+    except ModuleNotFoundError as error:
+        raise UserError("finding near duplicates needs the library rensa: pip install 'epigram[clean]'") from error
+    return library
+
+
+def _language_identifier(language: str) -> Callable[[str], str]:
+    """A function from text to language code."""
+    try:
+        import py3langid
+    except ModuleNotFoundError as error:
+        raise UserError("telling languages needs the library py3langid: pip install 'epigram[clean]'") from error
+    known = sorted(str(code) for code, _ in py3langid.rank("text"))
+    if language not in known:
+        raise UserError(f"language {language!r} is unknown: choose one of {', '.join(known)}")
+    return lambda text: str(py3langid.classify(text)[0])
+
+
+class HashSet:
+    """64-bit numbers that were met, 8 bytes each for the most part."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._recent: set[int] = set()
+
+    def add_new(self, values: NDArray[np.uint64], chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of the `chosen` values were not met before, (N,) bool; they are from now on."""
+        met = is_member(values, self._sorted)
+        new = np.zeros(len(values), np.bool_)
+        for index in np.flatnonzero(chosen & ~met).tolist():
+            if (value := int(values[index])) not in self._recent:
+                self._recent.add(value)
+                new[index] = True
+        if len(self._recent) >= _RECENT:
+            recent = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._sorted = np.union1d(self._sorted, recent)
+            self._recent.clear()
+        return new
+
+
+def is_member(values: NDArray[np.uint64], members: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which values are among the sorted `members`."""
+    if not len(members):
+        return np.zeros(len(values), np.bool_)
+    return members[np.searchsorted(members, values).clip(max=len(members) - 1)] == values

@@ -1,0 +1,169 @@
+"""Cleaning: what is left out, and that it is counted; a planted validation document is always caught."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import make_documents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epigram.data.build import Built, build
+from epigram.data.check import check
+from epigram.data.clean import Cleaner, Cleaning, HashSet, signature
+from epigram.data.dataset import open_data
+from epigram.data.tokenizer import Tokenizer
+from epigram.errors import UserError
+
+GERMAN = (
+    "Der Hund lief über die Straße, und niemand wusste, warum er es so eilig hatte. Am Ende kam er nach Hause und "
+    "legte sich in die Sonne, die schon tief über den Dächern stand. "
+)
+ENGLISH = (
+    "The dog ran across the street, and nobody knew why it was in such a hurry. In the end it came home and lay "
+    "down in the sun, which stood low above the roofs by then. "
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    (tmp_path / "given.model").write_bytes(tokenizer.proto)
+    return tmp_path / "given.model"
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    return path
+
+
+def built_from(tmp_path: Path, model: Path, train: list[str], val: list[str], **cleaning) -> Built:
+    return build(
+        [write(tmp_path / "train.jsonl", train)],
+        tmp_path / "out",
+        val_sources=[write(tmp_path / "val.jsonl", val)],
+        tokenizer_file=model,
+        cleaning=Cleaning(**cleaning),
+    )
+
+
+def documents_of(built: Built, split: str) -> list[str]:
+    data = open_data(built.path)
+    stream = data.stream(split)
+    return [data.tokenizer.decode(one) for one in np.split(stream, np.flatnonzero(stream == data.tokenizer.bos_id))[1:]]
+
+
+def altered(text: str, share: float, seed: int) -> str:
+    """The text with some of its words exchanged."""
+    draw = random.Random(seed)
+    return " ".join(f"other{i}" if draw.random() < share else word for i, word in enumerate(text.split(" ")))
+
+
+def test_a_planted_validation_document_is_caught_without_being_asked(tmp_path: Path, model: Path) -> None:
+    documents = make_documents(20, seed=1)
+    built = built_from(
+        tmp_path, model, [*documents[:9], documents[15], *documents[9:12], documents[15]], documents[12:]
+    )
+    assert documents_of(built, "train") == documents[:12]
+    assert built.manifest.splits["train"].duplicates == 2
+    assert "train: 2 documents were left out, as val has the same text" in built.notes
+    assert check(built.path) == []
+
+
+def test_a_near_duplicate_is_caught_when_asked_for(tmp_path: Path, model: Path) -> None:
+    documents = make_documents(20, seed=1)
+    val, train = documents[12:], documents[:12]
+    close = [altered(val[0], 0.01, 1), val[1].upper() + "!", f"{val[2]} and a few more words"]
+    far = [altered(val[3], 0.5, 2), val[4][: len(val[4]) // 4]]
+    texts = [*train[:5], *close, *far, *train[5:]]
+    built = built_from(tmp_path, model, texts, val)
+    assert len(documents_of(built, "train")) == len(texts)  # not asked for: the words are not the same
+    built = built_from(tmp_path, model, texts, val, dedup="near")
+    assert documents_of(built, "train") == [*train[:5], *far, *train[5:]]
+    assert built.manifest.splits["train"].near_duplicates == 3
+    assert "train: 3 documents were left out, as val has nearly the same text" in built.notes
+    assert built.manifest.settings.near_threshold == 0.7
+    assert check(built.path) == []
+
+
+def test_near_duplicates_of_held_out_documents_wherever_they_stand(tmp_path: Path, model: Path) -> None:
+    """Split by hash: the validation document may come after its copy."""
+    documents = make_documents(60, seed=5)
+    twins = [one.replace(" ", " once ", 1) for one in documents]
+    source = write(tmp_path / "a.jsonl", [*twins, *documents])
+    options = {"tokenizer_file": model, "val_fraction": 0.2}
+    plain = build([source], tmp_path / "plain", **options)
+    near = build([source], tmp_path / "near", cleaning=Cleaning(dedup="near"), **options)
+    val = documents_of(plain, "val")
+    assert documents_of(near, "val") == val
+    pairs = dict(zip(twins + documents, documents + twins, strict=True))
+    expected = [one for one in documents_of(plain, "train") if pairs[one] not in val]
+    assert documents_of(near, "train") == expected
+    assert near.manifest.splits["train"].near_duplicates == len(documents_of(plain, "train")) - len(expected) > 0
+    assert [source.documents for source in near.manifest.sources] == [120]
+
+
+def test_repeated_documents_stay_once(tmp_path: Path, model: Path) -> None:
+    documents = make_documents(10, seed=1)
+    train, val = [*documents[:6], documents[2], documents[2]], [*documents[6:], documents[9]]
+    built = built_from(tmp_path, model, train, val)
+    assert len(documents_of(built, "train")) == 8
+    built = built_from(tmp_path, model, train, val, dedup="exact")
+    assert documents_of(built, "train") == documents[:6]
+    assert documents_of(built, "val") == documents[6:]
+    assert [built.manifest.splits[split].repeated for split in ("train", "val")] == [2, 1]
+
+
+def test_short_and_foreign_documents(tmp_path: Path, model: Path) -> None:
+    texts = [ENGLISH * 2, "short", GERMAN * 2, ENGLISH * 3, "x" * 99]
+    built = built_from(tmp_path, model, texts, [ENGLISH, GERMAN, "also short"], min_chars=100, language="en")
+    assert documents_of(built, "train") == [ENGLISH * 2, ENGLISH * 3]
+    assert documents_of(built, "val") == [ENGLISH]
+    train, val = (built.manifest.splits[split] for split in ("train", "val"))
+    assert (train.short_documents, train.other_language) == (2, 1)
+    assert (val.short_documents, val.other_language) == (1, 1)
+    assert "train: 2 documents were left out, as they are shorter than 100 characters" in built.notes
+    assert "train: 1 documents were left out, as their language is not en" in built.notes
+    assert built.manifest.sources[1].documents == 5
+
+
+def test_settings_that_cannot_be(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UserError, match=r"min_chars = -1 .*dedup = 'all' .*near_threshold = 2"):
+        built_from(tmp_path, model, ["a"], ["b"], min_chars=-1, dedup="all", near_threshold=2)
+    with pytest.raises(UserError, match="language 'xx' is unknown: choose one of .*de.*en"):
+        built_from(tmp_path, model, [ENGLISH], [GERMAN], language="xx")
+
+
+def test_signatures_estimate_the_share_of_common_word_sequences() -> None:
+    """Against the share itself, within four standard deviations of an estimate from 128 permutations."""
+    words = [f"w{i}" for i in range(400)]
+    for shared in (100, 250, 350):
+        one, two = words[:shared] + [f"a{i}" for i in range(60)], words[:shared] + [f"b{i}" for i in range(90)]
+        first, second = ({tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (one, two))
+        true = len(first & second) / len(first | second)
+        estimate = signature(" ".join(one)).jaccard(signature(" ".join(two).upper()))
+        assert abs(estimate - true) < 4 * (true * (1 - true) / 128) ** 0.5
+
+
+def test_a_text_is_near_itself_whatever_its_length() -> None:
+    for text in ("", "one", "one two three", ENGLISH):
+        assert Cleaner(Cleaning(dedup="near"), [signature(text)]).is_near(text)
+
+
+@given(st.lists(st.lists(st.integers(0, 12), max_size=8), max_size=8), st.integers(1, 6))
+def test_hash_set_against_a_set(batches: list[list[int]], recent: int) -> None:
+    from epigram.data import clean
+
+    before, clean._RECENT = clean._RECENT, recent
+    try:
+        met, plain = HashSet(), set()
+        for batch in batches:
+            chosen = np.array([value != 3 for value in batch], np.bool_)
+            expected = []
+            for value in batch:
+                expected.append(value not in plain and value != 3)
+                plain |= {value} - {3}
+            assert met.add_new(np.array(batch, np.uint64), chosen).tolist() == expected
+    finally:
+        clean._RECENT = before

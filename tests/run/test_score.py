@@ -1,0 +1,70 @@
+"""What a score says of the validation text it was made on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from epigram.data import published
+from epigram.data.check import check
+from epigram.data.dataset import open_data
+from epigram.data.published import Published
+from epigram.data.shards import write_shard
+from epigram.data.tokenizer_training import train_tokenizer
+from epigram.dist.context import Context
+from epigram.errors import DataError
+from epigram.evaluation.windows import Method
+from epigram.run.score import score_split
+
+METHOD = Method(name="blocks", seq_len=16, stride=16)
+
+
+def nll(inputs: torch.Tensor, targets: torch.Tensor, *, rope_len: int) -> torch.Tensor:
+    return torch.ones(targets.shape)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shards with the tokenizer of a published variant, whose validation split has 200 tokens."""
+    tokenizer = train_tokenizer(["some words to learn from, and some more words " * 20], 300)
+    variant = Published(
+        name="tiny",
+        repo="someone/shards",
+        folder="tiny",
+        tokenizer="tiny.model",
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        val_tokens=(200, 200),
+    )
+    monkeypatch.setitem(published.PUBLISHED, "tiny", variant)
+    (tmp_path / "tiny.model").write_bytes(tokenizer.proto)
+    words = np.array([tokenizer.bos_id, *tokenizer.encode("some words to learn from")], np.uint16)
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.resize(words, 300), "train")
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.resize(words, 200), "val")
+    return tmp_path
+
+
+def row(folder: Path, **options) -> dict:
+    context = Context(device=torch.device("cpu"))
+    return score_split(nll, open_data(folder), METHOD, context, batch_tokens=64, **options)
+
+
+def test_a_score_names_the_published_split(folder: Path) -> None:
+    found = row(folder)
+    assert found["tokens"] == 199
+    assert found["validation"].startswith("published tiny (200 tokens, sha256 ")
+    assert "validation" not in row(folder, split="train")
+
+
+def test_a_score_on_another_split_says_so_or_is_not_made(folder: Path) -> None:
+    path = folder / "fineweb_val_000000.bin"
+    write_shard(path, open_data(folder).stream("val")[:150], "val")
+    with pytest.raises(DataError, match="tiny has 200 tokens, and this one has 150"):
+        row(folder)
+    check(folder, allow_other_validation=True)
+    found = row(folder)
+    assert found["tokens"] == 149
+    assert found["validation"].startswith(
+        "NOT the published one, allowed by choice: the validation split of tiny has 200"
+    )
