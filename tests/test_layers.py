@@ -87,11 +87,8 @@ def test_every_library_is_declared() -> None:
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
     extras = [name for names in project["optional-dependencies"].values() for name in names]
     declared = {re.split(r"[^a-z0-9-]", name)[0] for name in [*project["dependencies"], *extras]}
-    known = {
-        "tomli_w": "tomli-w",
-        "flash_attn": "flash-attn-4",
-        "quack": "quack-kernels",
-    }  # modules that are not called like their distribution
+    # modules that are not called like their distribution
+    known = {"tomli_w": "tomli-w", "flash_attn": "flash-attn-4", "quack": "quack-kernels"}
     unpublished = {"flash_attn_interface", "flash_attn_config"}  # FlashAttention 3 is built by users, from source
     used = {name.split(".")[0] for path in FILES for name in imports(ast.parse(path.read_text("utf-8")))} - unpublished
     foreign = {known.get(name, name) for name in used} - set(sys.stdlib_module_names) - {"epigram"}

@@ -156,10 +156,7 @@ def test_settings_that_cannot_be(overrides: list[str], message: str):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [
-        ("run.kernels=fused", 'run.kernels = "fused" cannot be used here'),
-        ("run.cuda_graphs=on", "CUDA graphs are for CUDA devices"),
-    ],
+    [("run.kernels=fused", "compiles for GPUs"), ("run.cuda_graphs=on", "CUDA graphs are for CUDA devices")],
 )
 def test_settings_that_this_machine_cannot_honour(setting: str, message: str):
     with pytest.raises(UserError, match=message):

@@ -87,10 +87,11 @@ def choose(name: str, device_type: str, capability: Capability | None, dims: Dim
         raise UserError(f'run.kernels = "fused" cannot be used here: {reason}')
     if name == "plain" or reason:
         return PLAIN
-    return fused("quack" if _why_not("quack", device_type, capability, dims) is None else "triton")
+    return fused("quack" if why_not_products("quack", device_type, capability, dims) is None else "triton")
 
 
-def _why_not(products: str, device_type: str, capability: Capability | None, dims: Dims) -> str | None:
+def why_not_products(products: str, device_type: str, capability: Capability | None, dims: Dims) -> str | None:
+    """Why the file `products` of `products/` cannot serve here, in a sentence; None when it can."""
     try:
         reason: str | None = plugin.load(PRODUCTS, products).check(device_type, capability, dims)
     except UserError as error:  # its library is not installed

@@ -50,8 +50,6 @@ class GPT(nn.Module):
     outside.
     """
 
-    depth: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -60,7 +58,6 @@ class GPT(nn.Module):
         self.attend: Attend = sdpa_attend
         self.attend_window: Attend = sdpa_attend
         n, d = config.num_layers, config.model_dim
-        self.register_buffer("depth", torch.arange(1, n + 1).float().rsqrt()[:, None], persistent=False)
         self.embed = nn.Parameter(torch.empty(config.vocab_size, d))
         self.banks = Banks(config)
         self.attn_scale = nn.Parameter(torch.ones(n, d))
@@ -222,7 +219,7 @@ class GPT(nn.Module):
         The scales of a layer's input and outputs go into the rows of its matrices.
         """
         c = self.config
-        depth = self.depth if c.depth_scale else None
+        depth = self._depth_scale() if c.depth_scale else None
         scales = {"qkv": depth, "out": self.attn_scale, "up": depth, "down": self.mlp_scale}
         banks = {}
         for name, bank in self.banks.named_parameters():
@@ -254,6 +251,10 @@ class GPT(nn.Module):
                 )
             )
         return layers
+
+    def _depth_scale(self) -> Tensor:
+        """(layers, 1): what each layer's normalised inputs are multiplied with."""
+        return torch.arange(1, self.config.num_layers + 1, device=self.embed.device).float().rsqrt()[:, None]
 
     def _mixes(self) -> list[tuple[Tensor | None, Tensor, tuple[int, Tensor] | None]]:
         """For each layer the coefficients (D,) of the stream that enters it, of the first stream, and of its skip.

@@ -99,8 +99,8 @@ class LaneGradients:
     def add(self, lane: int, *, lent: bool = False) -> None:
         """Take the gradient that lane `lane`'s backward pass left in `.grad`, which is then empty again.
 
-        The first lane's tensors become the sum, and are scaled only when something is added to them. lent: the tensors
-        will be overwritten by the next lane's backward pass; then the sum gets tensors of its own.
+        The first lane's tensors become the sum, and are scaled only when something is added to them. lent: they will be
+        overwritten by the next lane's backward pass; then the sum gets tensors of its own.
         """
         assert lane not in self._lanes, f"lane {lane} was added twice"
         missing = [name for name, p in self._named.items() if p.grad is None]
@@ -119,7 +119,7 @@ class LaneGradients:
                 factor = 1.0
             torch._foreach_add_(self._sum, gradients, alpha=factor)
         elif lent:
-            self._sum = list(torch._foreach_mul(gradients, factor))
+            self._sum, self._factor = list(torch._foreach_mul(gradients, factor)), 1.0
         else:
             self._sum, self._factor = gradients, factor
         for parameter in self._named.values():

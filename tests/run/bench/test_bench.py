@@ -147,7 +147,7 @@ def test_the_plain_mlp_is_the_models_own(bench: Bench):
     fill_zeros(bench.engine)
     model, seen = bench.engine.model, {}
     model(torch.randint(512, (1, 16)), tap=lambda name, x: seen.setdefault(name, x))
-    up, down = model.depth[1] * model.banks.up[1], model.banks.down[1]
+    up, down = 2**-0.5 * model.banks.up[1], model.banks.down[1]
     h, hidden = seen["layers.1.up"], seen["layers.1.down"]
     found = mlp.plain(torch.zeros_like(h), h, up, down, model.config.mlp_slope)
     torch.testing.assert_close(found, torch.nn.functional.linear(hidden, down))

@@ -67,7 +67,6 @@ class Updates:
         self._engine.average.update()
 
     def _clip(self) -> Tensor:
-        """What clipping leaves to the optimizer as a factor."""
         for lane, gradients in zip(self._engine.lanes, self._lanes, strict=True):
             self._give(gradients)
             self._engine.gradients.add(lane)

@@ -1,33 +1,86 @@
 """The MLP of one layer in all its variants, against the matrix products alone that it cannot do without."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from epigram import plugin
 from epigram.data.lanes import Lane
+from epigram.dist.context import Context
+from epigram.kernels.base import why_not_products
+from epigram.kernels.products.base import PACKAGE as PRODUCTS
+from epigram.kernels.products.base import Dims
+from epigram.kernels.trunk import leaky_square
 from epigram.run.bench.base import Bench, Work, lane_name
 
 REPEATS = 20
 OPTIONS: frozenset[str] = frozenset()
 
-Mlp = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""(x, h, up, down, slope) -> x + what the MLP makes of h; x may be overwritten. Shapes as `plain` has them."""
+Passes = tuple[Callable[[], Any], Callable[[], Any]]
+"""The forward, and forward and backward."""
 
 
 def plain(x: Tensor, h: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-    """x, h (tokens, D), up (hidden, D), down (D, hidden) -> (tokens, D)."""
-    return x + F.linear(F.leaky_relu(F.linear(h, up), slope).square(), down)
+    """x + what the MLP makes of h: x, h (tokens, D), up (hidden, D), down (D, hidden) -> (tokens, D)."""
+    return x + F.linear(leaky_square(F.linear(h, up), slope), down)
 
 
-def variants(bench: Bench) -> dict[str, Mlp]:
-    """What is compared, by the name in the table."""
-    found: dict[str, Mlp] = {"eager": plain}
+def variants(bench: Bench) -> dict[str, Callable[..., Passes]]:
+    """What is compared, by the name in the table: from (x, h, up, down, grad, slope) to the work."""
+    found: dict[str, Callable[..., Passes]] = {"eager": partial(differentiated, plain)}
     if bench.compiled:
-        found["compiled"] = bench.compile(plain)
+        found["compiled"] = partial(differentiated, bench.compile(plain))
+    for name, products in usable_products(bench.engine.model.compute_dtype, bench.engine.context).items():
+        found[f"products by {name}"] = partial(finished, products)
     return found
+
+
+def differentiated(
+    mlp: Callable[..., Tensor], x: Tensor, h: Tensor, up: Tensor, down: Tensor, grad: Tensor, slope: float
+) -> Passes:
+    """By autograd."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (h, up, down)]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return mlp(x, h, up, down, slope)
+
+    def both() -> Any:
+        return torch.autograd.grad(mlp(x, *leaves, slope), leaves, grad)
+
+    return forward, both
+
+
+def finished(products: Any, x: Tensor, h: Tensor, up: Tensor, down: Tensor, grad: Tensor, slope: float) -> Passes:
+    """As the fused trunk does it: with the norm of h, whose factors are one here."""
+    ones, zeros = torch.ones(len(h), device=h.device), torch.zeros(len(h), device=h.device)
+
+    def forward() -> Tensor:
+        _, hidden = products.up(h, up, ones, slope, False)
+        out: Tensor = products.added(hidden, down, x, False)[0]
+        return out
+
+    def both() -> Any:
+        pre, hidden = products.up(h, up, ones, slope, True)
+        products.added(hidden, down, x, False)
+        d_pre, _ = products.down_back(grad, down, pre, ones, slope)
+        dh, _ = products.back(d_pre, up, grad, h, zeros)
+        return dh, d_pre.mT @ h, grad.mT @ hidden
+
+    return forward, both
+
+
+def usable_products(dtype: torch.dtype, context: Context) -> dict[str, Any]:
+    """The products that can serve here, by name."""
+    dims = Dims(widths=(), dtype=dtype)
+    names = [
+        n for n in plugin.names(PRODUCTS) if why_not_products(n, context.device.type, context.capability, dims) is None
+    ]
+    return {name: plugin.load(PRODUCTS, name) for name in names}
 
 
 def run(bench: Bench) -> None:
@@ -37,24 +90,9 @@ def run(bench: Bench) -> None:
     for lane in bench.lanes():
         h, grad = (bench.random(lane.num_tokens, config.model_dim, seed=seed) for seed in (3, 4))
         _products(bench, lane, h, up, down, grad)
-        for name, mlp in variants(bench).items():
-            _variant(bench, lane, name, mlp, h, up, down, grad)
-
-
-def _variant(bench: Bench, lane: Lane, name: str, mlp: Mlp, h: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> None:
-    slope = bench.engine.config.model.mlp_slope
-    x = torch.zeros_like(h)  # without gradient: that of a sum is the sum's own
-    leaves = [tensor.detach().requires_grad_() for tensor in (h, up, down)]
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return mlp(x, h, up, down, slope)
-
-    def both() -> Any:
-        out = mlp(x, leaves[0], leaves[1], leaves[2], slope)
-        return torch.autograd.grad(out, leaves, grad)
-
-    _time(bench, lane, name, forward, both)
+        x = torch.zeros_like(h)  # without gradient: that of a sum is the sum's own
+        for name, variant in variants(bench).items():
+            _time(bench, lane, name, *variant(x, h, up, down, grad, config.mlp_slope))
 
 
 def _products(bench: Bench, lane: Lane, h: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> None:
