@@ -32,9 +32,9 @@ format: setup
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
 
-# On a machine with a CUDA device, with the Python that has torch for it: make test-gpu BIN=/usr/bin
+# On a machine with a CUDA device, with the Python that has torch for it (make test-gpu PYTHON=python3.12). TESTS: fewer.
 test-gpu:
-	PYTHONPATH=src $(BIN)/python3 -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) -m pytest -p no:xdist -p no:cacheprovider -m gpu $(TESTS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist src/*.egg-info
