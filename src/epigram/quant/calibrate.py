@@ -14,7 +14,7 @@ from epigram.quant.methods.base import full_float32
 
 _SOURCES = ("train", "self")
 _HELD_OUT = {"val", "valid", "validation", "dev", "eval", "test"}
-_CHUNK_ROWS = 16_384  # rows that are widened to float32 at a time
+_CHUNK_ROWS = 4_096  # rows that are widened to float32 and summed at a time; longer sums lose digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class HessianCollector:
         with full_float32():
             for chunk in rows.split(_CHUNK_ROWS):
                 wide = chunk.float()
-                total.addmm_(wide.mT, wide)
+                total += wide.mT @ wide  # a sum of its own: adding into the total one by one loses digits
 
     def finish(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """Mean of xᵀx over all rows by tap, (cols, cols) float32.
