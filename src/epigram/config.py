@@ -4,6 +4,7 @@ Defaults <- recipe file <- `--set section.key=value`. Each part's settings live 
 together, checked across parts, read from TOML and written back. All problems come in one message.
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -143,7 +144,8 @@ class RunConfig:
     compiled. cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
-    checkpoints (0: only at the end) and how many stay (0: all).
+    checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between comparisons of all
+    processes' weights (0: none); one more comes at the end.
     writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues.
     """
 
@@ -157,6 +159,7 @@ class RunConfig:
     val_tokens: int = 1_000_000
     checkpoint_every_s: float = 0.0
     checkpoint_keep: int = 2
+    check_every: int = 500
     writers: tuple[str, ...] = ()
     sample_prompt: str = "The"
     sample_tokens: int = 200
@@ -176,7 +179,14 @@ class RunConfig:
         ]
         problems += [
             f"{name} = {getattr(self, name)} must not be negative"
-            for name in ("log_every", "val_every", "checkpoint_every_s", "checkpoint_keep", "sample_tokens")
+            for name in (
+                "log_every",
+                "val_every",
+                "checkpoint_every_s",
+                "checkpoint_keep",
+                "check_every",
+                "sample_tokens",
+            )
             if getattr(self, name) < 0
         ]
         if self.kernels == "fused" and self.compile == "on":
@@ -186,6 +196,36 @@ class RunConfig:
             )
         if self.val_tokens < 1:
             problems.append(f"val_tokens = {self.val_tokens} must be at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What becomes of a step whose loss or gradient is not to be trusted; see `epigram.run.guard`.
+
+    max_skips: so many steps of a run may be left out, weights and optimizer untouched, before it stops; 0: the first
+    loss or gradient that is not finite stops it. spike_factor: a loss above so many times the running median is a
+    spike; 0: none is. spike_window: steps of that median. spike_action: "warn", "skip" (one of max_skips) or "stop".
+    """
+
+    max_skips: int = 0
+    spike_factor: float = 0.0
+    spike_window: int = 100
+    spike_action: str = "warn"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_skips < 0:
+            problems.append(f"max_skips = {self.max_skips} must not be negative")
+        if self.spike_factor != 0 and not 1 < self.spike_factor < math.inf:
+            problems.append(f"spike_factor = {self.spike_factor} must be above 1, or 0 for none")
+        if self.spike_window < 1:
+            problems.append(f"spike_window = {self.spike_window} must be at least 1")
+        if self.spike_action not in ("warn", "skip", "stop"):
+            problems.append(f"spike_action = {self.spike_action!r} must be one of warn, skip, stop")
+        if self.spike_factor and self.spike_action == "skip" and not self.max_skips:
+            problems.append('spike_action = "skip" needs max_skips of at least 1')
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -209,6 +249,7 @@ class Config:
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     artifact: ArtifactConfig = ArtifactConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:

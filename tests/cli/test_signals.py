@@ -18,7 +18,7 @@ from epigram.run.report.build import build
     ("number", "code", "said"),
     [
         (signal.SIGINT, 130, "stopped by Ctrl-C"),
-        pytest.param(signal.SIGTERM, 143, "exit code 143", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "whose checkpoint is complete", marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_can_be_read_and_gone_on_with(data_path: Path, tmp_path: Path, number: int, code: int, said: str):

@@ -87,6 +87,21 @@ def test_descend(size: tuple[int, int], transposed: bool, fused: bool, device: t
     assert torch.equal(weight[:, :OFFSET], other_rows), "rows of another split were touched"
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_with_a_scale_of_zero_a_gradient_counts_as_zero(normalize: bool, fused: bool, device: torch.device) -> None:
+    """Also where it is not finite: with a momentum of 1 the buffer stays to the bit, and the update is finite."""
+    gradient, buffer = (_bank(72, 130, dtype, device, 0)[:, OFFSET:] for dtype in (torch.float32, torch.bfloat16))
+    gradient[:, 0], gradient[:, 1] = torch.nan, torch.inf
+    before, update = buffer.clone(), torch.full(gradient.shape, torch.nan, device=device)
+    one, squares = torch.ones((), device=device), _squares(update, fused)
+    muon.nesterov(gradient, buffer, update, squares, one, 0 * one, normalize=normalize, fused=fused)
+    assert torch.equal(buffer, before)
+    expected = before / before.float().norm(dim=2, keepdim=True) if normalize else before
+    torch.testing.assert_close(update, expected.float(), rtol=1e-5, atol=1e-6)
+    assert squares.isfinite().all()
+
+
 def test_zero_rows_stay_zero(device: torch.device) -> None:
     gradient, buffer, update = (torch.zeros(1, 16, 16, device=device) for _ in range(3))
     one = torch.ones((), device=device)

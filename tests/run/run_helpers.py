@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from safetensors.torch import load_file
 from torch import Tensor
 
 from epigram.config import Config, load_recipe
 from epigram.data.build import build
 from epigram.data.dataset import DataFolder, open_data
 from epigram.dist.context import Context
-from epigram.run.checkpoint import complete
+from epigram.run.checkpoint import load
 from epigram.run.job import run_job
 from epigram.run.record import RunRecord
 from epigram.run.setup import Session, build_session
@@ -71,7 +70,7 @@ def losses_of(run: Path) -> list[float]:
 
 def saved_tensors(run: Path) -> dict[str, Tensor]:
     """All tensors of a run's newest checkpoint."""
-    return load_file(complete(run)[-1] / "tensors.safetensors")
+    return load(run).tensors
 
 
 def assert_same_training(a: Path, b: Path) -> None:

@@ -70,20 +70,6 @@ def test_pauses_do_not_count_on_any_of_the_clocks(fake):
     assert (first.elapsed_s(0), second.elapsed_s(0), untouched.elapsed_s(0)) == (2.0, 2.0, 62.0)
 
 
-def test_all_ranks_go_by_the_shared_reading(fake):
-    readings = []
-
-    def share(value: float) -> float:
-        readings.append(value)
-        return 3.25  # rank 0 is ahead
-
-    clock = WallClock(share)
-    clock.start()
-    fake.sleep(1)
-    assert clock.elapsed_s(0) == 3.25
-    assert readings == [1.0]
-
-
 def test_timed_adds_up_also_when_the_work_fails(fake):
     times = {"pack_s": 1.0}
     with suppress(ValueError), timed(times, "pack_s"):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 import tomllib
 from pathlib import Path
 
@@ -15,21 +16,33 @@ from safetensors import SafetensorError
 from epigram.errors import UserError
 from epigram.run import checkpoint, train
 from epigram.run.budget import read_clock
-from epigram.run.checkpoint import complete, load, save
+from epigram.run.checkpoint import Saver, complete, load
 from epigram.run.job import run_job
 from epigram.run.record import RunRecord
 from epigram.run.setup import Session
 from epigram.run.train import resume, save_checkpoint
 
 STATE = {"step": 1, "times_s": [0.0], "trained_s": 0.5, "loader": {"seed": 1}, "facts": {"recipe": "x"}}
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def parts(value: float) -> dict:
-    return {"model": {"a.b": torch.full((3, 2), value), "c": torch.tensor(value)}, "average": {}}
+    return {
+        "model": {"a.b": torch.full((3, 2), value), "c": torch.tensor(value), "half": torch.ones(2, dtype=torch.half)},
+        "random": {"cpu": torch.arange(5, dtype=torch.uint8), "none": torch.empty(0)},
+        "average": {},
+    }
 
 
 def save_at(run: Path, step: int, keep: int = 2) -> Path:
-    return save(run, step, parts(float(step)), {**STATE, "step": step}, keep)
+    """The checkpoint of `step`, when it is written."""
+    saver = Saver()
+    try:
+        saver.save(run, step, parts(float(step)), {**STATE, "step": step}, keep)
+        saver.wait()
+    finally:
+        saver.close()
+    return complete(run)[-1]
 
 
 def names(run: Path) -> list[str]:
@@ -47,9 +60,30 @@ def no_room_in_safetensors(*arguments: object, **options: object) -> None:
 def test_what_is_saved_is_loaded(tmp_path: Path):
     found = load(save_at(tmp_path, 7))
     assert found.state == {**STATE, "step": 7}
-    assert found.part("model").keys() == {"a.b", "c"}
-    assert found.part("model")["a.b"].equal(torch.full((3, 2), 7.0))
-    assert found.part("average") == {}
+    for part, named in parts(7.0).items():
+        loaded = found.part(part)
+        assert loaded.keys() == named.keys()
+        for name, tensor in named.items():
+            assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
+            assert loaded[name].equal(tensor)
+
+
+def test_nothing_in_it_is_a_pickle(tmp_path: Path):
+    """Whoever loads a checkpoint of somebody else executes nothing."""
+    assert sorted(path.name for path in save_at(tmp_path, 7).iterdir()) == [TENSORS, "state.json"]
+
+
+def test_the_state_is_that_of_the_moment_of_saving(tmp_path: Path):
+    """Training goes on while the files are written."""
+    live, saver, writing = parts(1.0), Saver(), threading.Event()
+    saver._thread.submit(writing.wait)  # what was handed in waits its turn
+    saver.save(tmp_path, 1, live, STATE, 2)
+    live["model"]["a.b"].fill_(5.0)
+    assert not complete(tmp_path)
+    writing.set()
+    saver.wait()
+    saver.close()
+    assert load(tmp_path).part("model")["a.b"].equal(torch.full((3, 2), 1.0))
 
 
 def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path):
@@ -62,20 +96,26 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path):
     assert len(complete(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("ends", ["tensors", "rename"])
-def test_a_run_that_ends_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch, ends: str):
-    """As by Ctrl-C: between the files, and between writing and renaming."""
+@pytest.mark.parametrize("ends", ["state", "rename", "kept"])
+def test_a_run_that_ends_while_writing_leaves_whole_ones(tmp_path: Path, monkeypatch, ends: str):
+    """Between the files, between writing and renaming, and in the midst of dropping old ones."""
     save_at(tmp_path, 1)
 
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
+    class Killed(BaseException):
+        pass
 
+    def killed(*arguments: object, **options: object) -> None:
+        raise Killed
+
+    places = {"state": (Path, "write_text"), "rename": (os, "replace"), "kept": (checkpoint.shutil, "rmtree")}
     with monkeypatch.context() as patch:
-        patch.setattr(*((checkpoint, "save_file") if ends == "tensors" else (os, "replace")), interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            save_at(tmp_path, 2)
-    assert load(tmp_path).state["step"] == 1
-    assert names(tmp_path) == ["step-00000001"]
+        patch.setattr(*places[ends], killed)
+        with pytest.raises(Killed):
+            save_at(tmp_path, 2, keep=1)
+    assert load(tmp_path).state["step"] == (2 if ends == "kept" else 1)
+    assert len(complete(tmp_path)) == 1
+    save_at(tmp_path, 3, keep=2)
+    assert names(tmp_path) == [f"step-0000000{2 if ends == 'kept' else 1}", "step-00000003"]
 
 
 def test_what_a_killed_run_left_is_no_checkpoint_and_goes(tmp_path: Path):
@@ -88,7 +128,7 @@ def test_what_a_killed_run_left_is_no_checkpoint_and_goes(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    [((checkpoint, "save_file"), no_room_in_safetensors), ((Path, "write_text"), no_room), ((os, "fsync"), no_room)],
+    [(("safetensors.torch.save",), no_room_in_safetensors), ((Path, "write_text"), no_room), ((os, "fsync"), no_room)],
 )
 def test_a_full_disk_is_named_and_leaves_the_old_one(tmp_path: Path, monkeypatch, place, error):
     save_at(tmp_path, 1)
@@ -100,14 +140,30 @@ def test_a_full_disk_is_named_and_leaves_the_old_one(tmp_path: Path, monkeypatch
     assert load(tmp_path).part("model")["c"] == 1.0
 
 
+def test_after_a_failure_the_next_one_can_be_written(tmp_path: Path, monkeypatch):
+    saver = Saver()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        saver.save(tmp_path, 1, parts(1.0), STATE, 2)
+        with pytest.raises(UserError, match="No space left"):
+            saver.wait()
+    saver.save(tmp_path, 2, parts(2.0), {**STATE, "step": 2}, 2)
+    saver.wait()
+    saver.close()
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
     save_at(tmp_path, 5)
-    save(tmp_path, 5, parts(-1.0), {**STATE, "step": 5}, keep=1)
+    saver = Saver()
+    saver.save(tmp_path, 5, parts(-1.0), {**STATE, "step": 5}, keep=1)
+    saver.wait()
+    saver.close()
     assert names(tmp_path) == ["step-00000005"]
     assert load(tmp_path).part("model")["c"] == -1.0
 
 
-@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("file", [TENSORS, "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
 def test_a_damaged_one_is_named(tmp_path: Path, file: str, damage: str):
     path = save_at(tmp_path, 1) / file
@@ -142,7 +198,7 @@ def interrupt_in_step(monkeypatch, step: int) -> None:
 
     def interrupted(session: Session, plan) -> torch.Tensor:
         if plan.step == step:
-            session.average.update = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+            session.average.update = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
         return real(session, plan)
 
     monkeypatch.setattr(train, "train_step", interrupted)
@@ -276,9 +332,10 @@ def test_a_checkpoint_holds_what_an_export_needs(session: Session, record: RunRe
     record.update(recipe="smoke", seed=1, parameters=5, data="/d", warmup_s=1.0, scores={"old": {}})
     session.trained_s, session.step, session.times_s = 2.0, 4, [0.0, 0.5, 1.0, 1.5]
     save_checkpoint(session, record)
+    session.saver.wait()
     assert load(record.folder).state["facts"] == {
         "recipe": "smoke", "seed": 1, "parameters": 5, "data": "/d", "warmup_s": 1.0,
-        "train_s": 2.0, "steps": 4, "tokens": 4 * 768, "step_ms": 500.0,
+        "train_s": 2.0, "steps": 4, "tokens": 4 * 768, "step_ms": 500.0, "skipped_steps": 0,
     }  # fmt: skip
     session.trained_s, session.step, session.times_s = 0.0, 0, []
     resume(session, load(record.folder))

@@ -231,10 +231,20 @@ def no_room(*arguments: object, **options: object) -> None:
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(data_path: Path, tmp_path: Path, monkeypatch):
+    """Between the steps it is a warning and the one before stays; at the end there is nothing to hope for."""
     run = tmp_path / "run"
-    in_step(monkeypatch, 4, lambda session: monkeypatch.setattr("epigram.run.checkpoint.save_file", no_room))
-    with pytest.raises(UserError, match="checkpoint of step 7 cannot be written.*No space left on device"):
+
+    def fill_up(session: Session) -> None:
+        session.saver.wait()
+        monkeypatch.setattr("epigram.run.checkpoint._flush", no_room)
+
+    in_step(monkeypatch, 5, fill_up)
+    with pytest.raises(UserError, match="checkpoint of step 8 cannot be written.*No space left on device"):
         train_run(data_path, run, "run.checkpoint_every_s=10")
+    assert any(
+        "warning: the checkpoint of step 7 cannot be written" in line and line.endswith("training goes on")
+        for line in log_of(run)
+    )
     assert result_of(run)["status"] == "failed"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
     assert_readable(run, "No space left on device", tmp_path)

@@ -18,10 +18,11 @@ from epigram.dist.context import Context
 from epigram.optim.optimizer import Optimizer
 from epigram.quantized import QuantizedTensor
 from epigram.run import budget, train
+from epigram.run.guard import DivergedError
 from epigram.run.record import RunRecord
 from epigram.run.report.build import build
 from epigram.run.setup import Session, build_engine
-from epigram.run.train import DivergedError, compute_step, plan_step, train_step
+from epigram.run.train import compute_step, plan_step, train_step
 
 ROUNDING = 1e-4
 """Adam divides by the size of a gradient, so that one near zero turns rounding into up to half a percent of a step."""
@@ -48,7 +49,7 @@ def test_a_step_is_what_one_would_write_by_hand(data: DataFolder, clip: str):
     for number, elapsed_s in enumerate((0.0, 5.0, 29.0)):
         plan = plan_step(session, elapsed_s)
         assert plan.qat == (number == 2)
-        loss, norm = train_step(session, plan).tolist()
+        loss, norm, *_ = train_step(session, plan).tolist()
         session.step += 1
         losses, norms = [], []
         total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
@@ -121,7 +122,9 @@ def fake_steps(monkeypatch, step_s: float, measured: tuple[float, float] = (5.0,
 
     def step(session: Session, plan: object) -> Tensor:
         now[0] += step_s
-        return torch.tensor(measured)
+        loss, norm = measured
+        applied = float(math.isfinite(loss) and math.isfinite(norm))
+        return torch.tensor([loss, norm, applied, *[loss] * 3, *[norm] * 3])
 
     monkeypatch.setattr(budget, "time", Time)
     monkeypatch.setattr(train, "train_step", step)
@@ -161,8 +164,8 @@ def test_what_the_device_still_has_to_do_counts(session: Session, record: RunRec
     """Before a pause begins, every step that was queued is waited for."""
     quiet(session, val_every=3, log_every=0)
     done: list[str] = []
-    drain = train._Pace.drain
-    monkeypatch.setattr(train._Pace, "drain", lambda pace: (drain(pace), done.append(f"drained {len(pace._queue)}")))
+    drain = train.Pace.drain
+    monkeypatch.setattr(train.Pace, "drain", lambda pace: (drain(pace), done.append(f"drained {len(pace._queue)}")))
 
     def validate() -> dict[str, float]:
         done.append("validated")

@@ -32,6 +32,8 @@ for module in (train, export, score, generate, data, describe, report, bench, do
 def main() -> None:
     """Entry point: exit code 0 on success, 2 for a user's mistake (one sentence), 130 after Ctrl-C, 143 after kill."""
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGUSR1"):  # outside of training there is nothing to save, and no reason to die
+        signal.signal(signal.SIGUSR1, _ignore)
     try:
         sys.exit(command(prog_name="epigram", standalone_mode=False))  # which returns an exit code, or None for 0
     except click.ClickException as error:
@@ -50,6 +52,10 @@ def main() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(TERMINATED)  # as an exception, so that a run folder is completed
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 if __name__ == "__main__":

@@ -47,6 +47,26 @@ def from_main(context: Context, value: float) -> float:
     return float(shared)
 
 
+def largest(context: Context, values: Sequence[float]) -> list[float]:
+    """Each of `values` as the process has it where it is largest: one message, however many decisions."""
+    if context.world_size == 1:
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.float64)
+    with _peers():
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def gathered(context: Context, tensor: Tensor) -> Tensor:
+    """The `tensor` of every process, which is on the host and of one shape, stacked by rank."""
+    if context.world_size == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(context.world_size)]
+    with _peers():
+        dist.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
 @contextmanager
 def together(context: Context) -> Iterator[None]:
     """Around work that the ranks share unequally (rank 0 writes a file) and in which they do not communicate.

@@ -23,6 +23,8 @@ def nesterov(
 ) -> None:
     """m <- mu m + s g in place in `buffer`, then update <- s g + mu m; momentum (mu), scale (s): 0-dim float32.
 
+    With a scale of 0 the gradient counts as 0, also where it is not finite.
+
     normalize: divide each row of the update by its norm. squares: (count, `num_parts`) float32, contiguous, is filled
     so that each row sums up to the squared Frobenius norm of one update, as rounded to its dtype. Source of the order
     of operations: Jordan's Muon.
@@ -32,7 +34,7 @@ def nesterov(
 
         muon.nesterov(gradient, buffer, update, squares, momentum, scale, normalize=normalize)
         return
-    scaled = gradient * scale
+    scaled = (gradient * scale).masked_fill_(scale == 0, 0.0)
     torch.addcmul(scaled, buffer, momentum, out=buffer)
     torch.addcmul(scaled, buffer, momentum, out=update)
     if normalize:

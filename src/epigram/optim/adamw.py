@@ -91,20 +91,21 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr_multiplier: Tensor, scale: Tensor) -> None:
-        """Update the parameters from their gradients times `scale`, which become that product.
+        """Update the parameters from their gradients times `scale`, which become that product; none with a scale of 0.
 
         Both arguments: 0-dim float32 tensor on the parameters' device.
         """
         if not self._groups:
             return
-        self._steps += 1
+        left_out = (scale == 0).float()
+        self._steps += 1 - left_out
         lrs = (self._lrs * lr_multiplier).unbind()
         divisor = scale.reciprocal()  # the kernel divides, as is usual in training with a scaled loss
         counts = self._steps.split([len(group.parts) for group in self._groups])
         for group, lr, steps in zip(self._groups, lrs, counts, strict=True):
-            self._step_group(group, lr, divisor, steps)
+            self._step_group(group, lr, divisor, left_out, steps)
 
-    def _step_group(self, group: Group, lr: Tensor, divisor: Tensor, steps: Tensor) -> None:
+    def _step_group(self, group: Group, lr: Tensor, divisor: Tensor, left_out: Tensor, steps: Tensor) -> None:
         gradients = {part.name: self._parameters[part.name].grad for part in group.parts}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         assert not missing, f"no gradient for {', '.join(missing)}"
@@ -123,4 +124,5 @@ class AdamW:
             amsgrad=False,
             maximize=False,
             grad_scale=divisor,
+            found_inf=left_out,
         )

@@ -31,10 +31,13 @@ class AverageConfig:
 
 
 class Average(Protocol):
-    """What every mode offers. `update` is `set_weight`, on the host, and `apply`, the same launches each time."""
+    """What every mode offers. `update` is `set_weight`, on the host, and `apply`, the same launches each time.
 
-    def update(self) -> None: ...
-    def set_weight(self) -> None: ...
+    applied: 0-dim float32 on the device, 0 if the step left the weights as they were; then the average stays too.
+    """
+
+    def update(self, applied: Tensor | None = None) -> None: ...
+    def set_weight(self, applied: Tensor | None = None) -> None: ...
     def apply(self) -> None: ...
     def copy_to(self) -> None: ...
     def swap(self) -> None: ...
@@ -63,12 +66,12 @@ class Ema:
         device = next(iter(self._averages.values())).device
         self._minus_weight = torch.zeros((), dtype=torch.float32, device=device)
 
-    def update(self) -> None:
+    def update(self, applied: Tensor | None = None) -> None:
         """Take in the weights after a step."""
-        self.set_weight()
+        self.set_weight(applied)
         self.apply()
 
-    def set_weight(self) -> None:
+    def set_weight(self, applied: Tensor | None = None) -> None:
         """First half of an update: count it, and put what the weights count for where `apply` reads it."""
         averaged_steps = int(self._num_updates) - self._start_step
         self._num_updates += 1
@@ -78,6 +81,8 @@ class Ema:
         elif self._decay_warmup:
             decay = min(decay, (1 + averaged_steps) / (10 + averaged_steps))
         self._minus_weight.fill_(decay - 1.0)
+        if applied is not None:
+            self._minus_weight.mul_(applied)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -127,10 +132,10 @@ class Ema:
 class NoAverage:
     """Mode "none": the weights stand for themselves."""
 
-    def update(self) -> None:
+    def update(self, applied: Tensor | None = None) -> None:
         """Nothing to take in."""
 
-    def set_weight(self) -> None:
+    def set_weight(self, applied: Tensor | None = None) -> None:
         """Nothing to count."""
 
     def apply(self) -> None:

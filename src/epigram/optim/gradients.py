@@ -63,16 +63,19 @@ class Gathered(NamedTuple):
     """What `finish` says beside the gradients, as device tensors.
 
     norms: float32, before clipping: with clip "lane" one of each lane that this process added, in that order,
-    else one of the average over all lanes. scale: 0-dim float32; the average is `.grad` times it.
+    else one of the average over all lanes. scale: 0-dim float32; the average is `.grad` times it. lane_norms: of the
+    lanes that this process added, in that order, whatever is clipped: a gradient that is not finite shows where it is
+    from.
     """
 
     norms: Tensor
     scale: Tensor
+    lane_norms: Tensor
 
     @property
     def finite(self) -> Tensor:
         """0-dim bool: whether all norms are finite, and so every gradient that they were taken of."""
-        return torch.isfinite(self.norms).all()
+        return torch.isfinite(self.norms).all() & torch.isfinite(self.lane_norms).all()
 
 
 class LaneGradients:
@@ -108,9 +111,9 @@ class LaneGradients:
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
         self._lanes.append(lane)
         factor: Tensor | float = self._weights[lane]
+        norm = total_norm(gradients)
+        self._norms.append(norm)
         if self._clip == "lane":
-            norm = total_norm(gradients)
-            self._norms.append(norm)
             factor = _clip_factor(norm, self._max_norm) * factor
         if self._sum:
             self._settle()
@@ -140,15 +143,15 @@ class LaneGradients:
         # Without clipping of lanes nothing is put off any more, since the weights sum to 1.
         factor = self._factor
         scale = factor if isinstance(factor, Tensor) else torch.full((), factor, device=self._sum[0].device)
+        lane_norms = norms = torch.stack(self._norms)
         if self._clip != "lane":
-            self._norms = [total_norm(self._sum)]
+            norms = total_norm(self._sum)[None]
         if self._clip == "global":
-            scale = _clip_factor(self._norms[0], self._max_norm)
+            scale = _clip_factor(norms[0], self._max_norm)
         for parameter, gradient in zip(self._named.values(), self._sum, strict=True):
             parameter.grad = gradient
-        norms = torch.stack(self._norms)
         self._sum, self._factor, self._lanes, self._norms = [], 1.0, [], []
-        return Gathered(norms, scale)
+        return Gathered(norms, scale, lane_norms)
 
     def _settle(self) -> None:
         """Multiply the sum with what was put off."""

@@ -50,8 +50,9 @@ class Optimizer:
         """One update from the gradients in `.grad`, which every parameter must have, times `scale`.
 
         lr_multiplier scales all base learning rates (and with them the weight decay); momentum is Muon's; scale
-        is a 0-dim float32 tensor on the parameters' device, such as clipping gives, None being 1. The step uses
-        the gradients up: afterwards some of them are scaled and some are not.
+        is a 0-dim float32 tensor on the parameters' device, such as clipping gives, None being 1. With a scale of
+        0 the step changes nothing, not even if the gradients are not finite. The step uses the gradients up:
+        afterwards some of them are scaled and some are not.
         """
         self.set_rates(lr_multiplier, momentum, scale)
         self.update()
@@ -64,6 +65,10 @@ class Optimizer:
             self._scale.fill_(1.0)
         else:
             self._scale.copy_(scale)
+            # A step that is left out decays nothing, and multiplies the momentum by 1.
+            left_out = self._scale == 0
+            self._lr_multiplier.masked_fill_(left_out, 0.0)
+            self._momentum.masked_fill_(left_out, 1.0)
 
     def update(self) -> None:
         """Second half of a step, the same launches each time."""

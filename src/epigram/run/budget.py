@@ -6,7 +6,7 @@ of another run. The last two are deterministic.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -27,24 +27,23 @@ class Clock(Protocol):
         """Begin to count, from `elapsed_s` when a run is resumed."""
 
     def elapsed_s(self, step: int) -> float:
-        """Seconds of training at the start of `step` (from 0), the same on every rank."""
+        """Seconds of training at the start of `step` (from 0)."""
 
     def skip(self, seconds: float) -> None:
         """`seconds` of wall time that passed do not count."""
 
 
 class WallClock:
-    """Measured time. `share` turns this rank's reading into the one that all ranks agree on (rank 0's)."""
+    """Measured time, each process for itself; which of them counts, `epigram.run.decision` says."""
 
-    def __init__(self, share: Callable[[float], float] = float) -> None:
-        self._share = share
+    def __init__(self) -> None:
         self._origin_s = 0.0
 
     def start(self, elapsed_s: float = 0.0) -> None:
         self._origin_s = time.perf_counter() - elapsed_s
 
     def elapsed_s(self, step: int) -> float:
-        return self._share(time.perf_counter() - self._origin_s)
+        return time.perf_counter() - self._origin_s
 
     def skip(self, seconds: float) -> None:
         self._origin_s += seconds
@@ -66,10 +65,10 @@ class RecordedClock:
         pass
 
 
-def make_clock(config: BudgetConfig, share: Callable[[float], float] = float) -> Clock:
+def make_clock(config: BudgetConfig) -> Clock:
     """The clock that `config` asks for. Raises UserError when the run to replay has recorded none."""
     if config.clock == "wall":
-        return WallClock(share)
+        return WallClock()
     if config.clock == "steps":
         # The share first: a product divided by the number of steps can fall short of the whole, and give a step more.
         return RecordedClock([config.optimize_s * (step / config.steps) for step in range(config.steps + 1)])

@@ -67,7 +67,7 @@ def run_job(
                 if until == "export":
                     finish_run(config, session.model, session.nll, data, context, record)
             finally:
-                session.loader.close()
+                session.close()
         return _checked(config, record) if until == "export" else _result(record)
 
 
@@ -223,6 +223,7 @@ def _train(session: Session, record: RunRecord) -> None:
         **figures(session), peak_memory_bytes=peak_memory_bytes(session.context.device.type), paths=session.paths
     )
     save_checkpoint(session, record)  # with the weights that training would go on from
+    session.saver.wait()
     session.average.copy_to()
 
 

@@ -104,7 +104,7 @@ class RunRecord:
         elif isinstance(error, KeyboardInterrupt):
             self._end("interrupted", "stopped by Ctrl-C")
         elif isinstance(error, SystemExit):
-            self._end("interrupted", f"stopped with exit code {error.code}")
+            self._end("interrupted", getattr(error, "reason", f"stopped with exit code {error.code}"))
         else:
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self._end("failed", f"{name}{error}")

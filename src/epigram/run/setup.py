@@ -31,7 +31,9 @@ from epigram.optim.gradients import LaneGradients, lane_weights
 from epigram.optim.optimizer import Optimizer
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
+from epigram.run.checkpoint import Saver
 from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
+from epigram.run.guard import Guard
 from epigram.run.speed import Work, agreed_ms, training_work
 
 CACHE = Path(".cache/epigram/data")
@@ -81,20 +83,29 @@ class Engine:
 class Session(Engine):
     """A run in progress: what computes, its data, and how far it is.
 
-    times_s: the schedules' clock at the start of each step. trained_s: what steps really took.
+    times_s: the schedules' clock at the start of each step. trained_s: what steps really took. guard: keeps what is not
+    finite from the weights. saver: writes checkpoints.
     """
 
     data: DataFolder
     loader: Loader
     clock: Clock
+    guard: Guard
+    saver: Saver
     step: int = 0
     times_s: list[float] = field(default_factory=list)
     trained_s: float = 0.0
+
+    def close(self) -> None:
+        """End the threads, after a checkpoint that is being written."""
+        self.loader.close()
+        self.saver.close()
 
 
 def build_session(config: Config, data: DataFolder, context: Context) -> Session:
     """Everything on the device, initial weights drawn. Raises UserError when recipe, data and machine do not fit."""
     check_fit(config, data)
+    torch.manual_seed(config.seed)  # nothing in a step draws of these numbers; whatever does is repeatable too
     engine = build_engine(config, context)
     return Session(
         **vars(engine),
@@ -107,7 +118,9 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
             pin=context.device.type == "cuda",
             vocab_size=config.model.vocab_size,
         ),
-        clock=make_clock(config.budget, partial(collectives.from_main, context)),
+        clock=make_clock(config.budget),
+        guard=Guard(config.guard, config.flat_lanes),
+        saver=Saver(context),
     )
 
 
@@ -291,6 +304,20 @@ def check_fit(config: Config, data: DataFolder) -> None:
             f"the data has a vocabulary of {found}, the recipe {config.model.vocab_size}: "
             f"set model.vocab_size={found}, or build the data with --vocab-size {config.model.vocab_size}"
         )
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random numbers, by kind of device."""
+    state = {"cpu": torch.random.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on with random numbers where `random_state` was taken, as far as it was on this kind of device."""
+    if "cpu" in state:
+        torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def state_of(session: Engine) -> dict[str, dict[str, Any]]:

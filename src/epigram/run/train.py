@@ -1,7 +1,6 @@
 """The training loop: one screen, everything else a call."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,26 +14,30 @@ from epigram.errors import UserError
 from epigram.model.gpt import BankTransform
 from epigram.optim import schedule
 from epigram.optim.base import restore
+from epigram.optim.gradients import Gathered
 from epigram.run import checkpoint
 from epigram.run.budget import WallClock, not_counted, write_clock
+from epigram.run.decision import agree
+from epigram.run.drift import check_replicas
 from epigram.run.graphs import Key
+from epigram.run.guard import Measured, verdict
+from epigram.run.pace import Pace
 from epigram.run.record import RunRecord
-from epigram.run.setup import Engine, Session, state_of
+from epigram.run.setup import Engine, Session, random_state, restore_random, state_of
+from epigram.run.signals import StoppedError, listening
 
 UPDATE = "epigram update"
 """In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
 
-_HOST_AHEAD = 2  # steps that the host may queue before it waits for the device
 _FACTS = ("recipe", "seed", "parameters", "data", "warmup_s")  # of the result, for a later export
-
-
-class DivergedError(UserError):
-    """The loss or the gradient is no finite number any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What the schedules say for one step. progress: share of the training time that is over."""
+    """What the schedules say for one step. progress: share of the training time that is over.
+
+    loss_limit: the largest loss with which the step may change the weights.
+    """
 
     step: int
     elapsed_s: float
@@ -43,10 +46,11 @@ class StepPlan:
     momentum: float
     gamma: float
     qat: bool
+    loss_limit: float = math.inf
 
 
 def plan_step(session: Session, elapsed_s: float) -> StepPlan:
-    """The schedules' values at this step: a pure function of the step and the agreed clock."""
+    """The schedules' values at this step: a function of the step, the agreed clock and the losses so far."""
     config, budget_s = session.config.schedule, session.config.budget.optimize_s
     multiplier = schedule.lr_multiplier(elapsed_s, session.step, budget_s, config)
     return StepPlan(
@@ -57,6 +61,7 @@ def plan_step(session: Session, elapsed_s: float) -> StepPlan:
         momentum=schedule.muon_momentum(session.step, config),
         gamma=schedule.mile_gamma(elapsed_s / budget_s, config),
         qat=schedule.qat_active(multiplier, session.step, config),
+        loss_limit=session.guard.limit(session.step),
     )
 
 
@@ -66,42 +71,71 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
     Afterwards session.trained_s is what counts against the budget, to the end of the last step on the device.
 
     validate: scores the current weights; it runs outside the clock.
-    Raises DivergedError when a loss or a gradient is not finite.
+    Raises DivergedError when a loss or a gradient is not finite, DriftError when the processes' weights differ, and
+    StoppedError, after a checkpoint, when a signal ended the run.
     """
-    run, pace, watch = session.config.run, _Pace(session), WallClock()
+    run, watch = session.config.run, WallClock()
+    pace = Pace[StepPlan](session.context.device, _watcher(session, record), session.step, session.trained_s)
     session.clock.start(session.trained_s)
     watch.start(session.trained_s)
-    next_checkpoint_s = session.clock.elapsed_s(session.step) + run.checkpoint_every_s
-    while not _is_over(session, elapsed_s := session.clock.elapsed_s(session.step)):
-        if run.val_every and session.step % run.val_every == 0:
-            pace.drain()  # what the device has not done yet does count
-            with not_counted(session.clock, watch):
-                record.validation(step=session.step, elapsed_s=elapsed_s, **validate())
-        session.times_s.append(elapsed_s)
-        plan = plan_step(session, elapsed_s)
-        measured = train_step(session, plan)
-        session.step += 1
-        pace.push(plan, measured)
-        if run.log_every and (session.step % run.log_every == 0 or session.step <= 10):
-            pace.drain()
-            record.step(**_log_line(session, pace, watch))
-        if run.checkpoint_every_s and elapsed_s >= next_checkpoint_s:
-            next_checkpoint_s += run.checkpoint_every_s
-            pace.drain()
-            session.trained_s = watch.elapsed_s(session.step)
-            with not_counted(session.clock, watch):
-                save_checkpoint(session, record)
+    next_checkpoint_s: float | None = None
+
+    def checkpoint_now() -> None:
+        pace.drain()  # what the device has not done yet does count
+        session.trained_s = watch.elapsed_s(session.step)
+        with not_counted(session.clock, watch):
+            save_checkpoint(session, record)
+
+    with listening() as requests:
+        while True:
+            decision = agree(session.context, session.clock.elapsed_s(session.step), requests)
+            if decision.stop:
+                checkpoint_now()
+                _stop(session, record)
+            if decision.checkpoint:
+                requests.checkpoint = False
+                checkpoint_now()
+                record.log(f"checkpoint of step {session.step} begun, as a signal asked")
+            if _is_over(session, decision.elapsed_s):
+                break
+            if run.val_every and session.step % run.val_every == 0:
+                pace.drain()
+                with not_counted(session.clock, watch):
+                    record.validation(step=session.step, elapsed_s=decision.elapsed_s, **validate())
+            session.times_s.append(decision.elapsed_s)
+            plan = plan_step(session, decision.elapsed_s)
+            measured = train_step(session, plan)
+            session.step += 1
+            pace.push(plan, measured)
+            if run.log_every and (session.step % run.log_every == 0 or session.step <= 10):
+                pace.drain()
+                record.step(**_log_line(session, pace, watch))
+            if run.check_every and session.step % run.check_every == 0:
+                check_replicas(session.context, dict(session.model.named_parameters()), session.step)
+            if next_checkpoint_s is None:
+                next_checkpoint_s = decision.elapsed_s + run.checkpoint_every_s
+            elif run.checkpoint_every_s and decision.elapsed_s >= next_checkpoint_s:
+                next_checkpoint_s += run.checkpoint_every_s
+                checkpoint_now()
+            if session.saver.failed:
+                _settle(session, record)
     pace.drain()
     session.trained_s = watch.elapsed_s(session.step)
+    if run.check_every:
+        check_replicas(session.context, dict(session.model.named_parameters()), session.step)
 
 
 def train_step(session: Session, plan: StepPlan) -> Tensor:
-    """One step over this process's lanes; returns (loss, gradient norm), means over all lanes, as a device tensor."""
+    """One step over this process's lanes; returns what `Measured` reads, as a device tensor."""
     return compute_step(session, session.loader.next_step(), plan)
 
 
 def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> Tensor:
-    """A step on given tokens, int64 (num_seqs, seq_len + 1) on the host for each of this process's lanes."""
+    """A step on given tokens, int64 (num_seqs, seq_len + 1) on the host for each of this process's lanes.
+
+    Returns what `Measured` reads, as a device tensor. Where a loss or a gradient is not finite, or the loss above the
+    plan's limit, nothing changes but what is returned.
+    """
     gamma, transform = gamma_of(engine, plan.gamma), engine.quantized if plan.qat else None
     losses = []
     for lane, batch in zip(engine.lanes, batches, strict=True):
@@ -110,12 +144,29 @@ def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> T
             engine.gradients.add(lane, lent=engine.lends_gradients)
     with record_function(UPDATE):
         gathered = engine.gradients.finish(engine.reduce())
-        engine.optimizer.step(plan.lr_multiplier, plan.momentum, gathered.scale)
+        measured = measure(engine, losses, gathered, plan.loss_limit)
+        applied = measured[2]
+        scale = torch.where(applied != 0, gathered.scale, 0.0)
+        engine.optimizer.step(plan.lr_multiplier, plan.momentum, scale)
         engine.optimizer.zero_grad()
-        engine.average.update()
-    measured = torch.stack([torch.stack(losses).mean(), gathered.norms.mean()])
-    collectives.sum_(engine.context, [measured])  # so that every rank sees a loss that is not finite in the same step
-    return measured / engine.context.world_size
+        engine.average.update(applied)
+    return measured
+
+
+def measure(engine: Engine, losses: list[Tensor], gathered: Gathered, limit: float) -> Tensor:
+    """What `Measured` reads, the same in every process: it knows all lanes' losses and norms before the update."""
+    zero = losses[0].new_zeros(())
+    of_lanes = [
+        own.get(lane, zero)
+        for values in (losses, gathered.lane_norms.unbind())
+        for own in [dict(zip(engine.lanes, values, strict=True))]
+        for lane in range(len(engine.config.flat_lanes))
+    ]
+    lanes = torch.stack(of_lanes).view(2, -1)
+    collectives.sum_(engine.context, [lanes])
+    norm = lanes[1].mean() if engine.config.gradients.clip == "lane" else gathered.norms[0]
+    applied = verdict(lanes[0], lanes[1], norm, limit)
+    return torch.cat([torch.stack([lanes[0].mean(), norm, applied]), lanes.flatten()])
 
 
 def lane_step(engine: Engine, batch: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:
@@ -148,22 +199,29 @@ def figures(session: Session) -> dict[str, Any]:
         "steps": session.step,
         "tokens": session.step * session.config.tokens_per_step,
         "step_ms": round(1000 * session.trained_s / max(session.step, 1), 3),
+        "skipped_steps": session.guard.skipped,
     }
 
 
 def save_checkpoint(session: Session, record: RunRecord) -> None:
-    """Write all that a resumed run or an export needs; only rank 0 writes. Raises UserError when it cannot."""
-    if session.context.is_main:
-        known = {key: record.result[key] for key in _FACTS if key in record.result}
-        state = {
-            "step": session.step,
-            "times_s": session.times_s,
-            "trained_s": session.trained_s,
-            "loader": session.loader.state_dict(),
-            "facts": known | figures(session),
-        }
-        checkpoint.save(record.folder, session.step, state_of(session), state, session.config.run.checkpoint_keep)
+    """Begin to write all that a resumed run or an export needs; every process hands in its part.
+
+    That the checkpoint before this one could not be written is a warning in the log: the run goes on.
+    """
+    _settle(session, record)
+    known = {key: record.result[key] for key in _FACTS if key in record.result}
+    state = {
+        "step": session.step,
+        "times_s": session.times_s,
+        "trained_s": session.trained_s,
+        "loader": session.loader.state_dict(),
+        "guard": session.guard.state_dict(),
+        "facts": known | figures(session),
+    }
+    parts = {**state_of(session), "random": random_state(session.context.device)}
+    if record.writes:
         write_clock(record.folder, session.times_s)
+    session.saver.save(record.folder, session.step, parts, state, session.config.run.checkpoint_keep)
 
 
 def resume(session: Session, saved: checkpoint.Checkpoint) -> None:
@@ -172,6 +230,8 @@ def resume(session: Session, saved: checkpoint.Checkpoint) -> None:
     restore(session.model.state_dict(), saved.part("model"), "this model")
     session.optimizer.load_state_dict(saved.part("optimizer"))
     session.average.load_state_dict(saved.part("average"))
+    session.guard.load_state_dict(saved.state["guard"])
+    restore_random(saved.part("random"), session.context.device)
     session.step, session.times_s = saved.state["step"], list(saved.state["times_s"])
     session.trained_s = saved.state["trained_s"]
 
@@ -181,66 +241,46 @@ def _is_over(session: Session, elapsed_s: float) -> bool:
     return elapsed_s >= session.config.budget.optimize_s or (limit > 0 and session.step >= limit)
 
 
-def _log_line(session: Session, pace: "_Pace", watch: WallClock) -> dict[str, Any]:
-    plan, loss, norm = pace.latest
+def _settle(session: Session, record: RunRecord) -> None:
+    """Wait for the checkpoint that is being written; that it could not be is told, and no reason to stop training."""
+    try:
+        session.saver.wait()
+    except UserError as error:
+        record.log(f"warning: {error}; training goes on")
+
+
+def _stop(session: Session, record: RunRecord) -> None:
+    session.saver.wait()
+    raise StoppedError(
+        f"stopped by SIGTERM after step {session.step}, whose checkpoint is complete: go on with "
+        f"epigram train --resume {record.folder}"
+    )
+
+
+def _watcher(session: Session, record: RunRecord) -> Callable[[StepPlan, Measured], None]:
+    def look(plan: StepPlan, measured: Measured) -> None:
+        if line := session.guard.look(plan.step, measured):
+            record.log(line)
+
+    return look
+
+
+def _log_line(session: Session, pace: Pace[StepPlan], watch: WallClock) -> dict[str, Any]:
+    assert pace.latest is not None
+    plan, measured = pace.latest
     elapsed_s = session.clock.elapsed_s(session.step)
     tokens = session.step * session.config.tokens_per_step
     recent = pace.step_s(watch.elapsed_s(session.step), session.step)
     return {
         "step": session.step,
         "elapsed_s": elapsed_s if math.isfinite(elapsed_s) else plan.elapsed_s,
-        "train_loss": loss,
+        "train_loss": measured.loss,
         "lr": plan.lr_multiplier,
         "momentum": plan.momentum,
         "gamma": plan.gamma,
-        "grad_norm": norm,
+        "grad_norm": measured.norm,
         "tokens": tokens,
         "tokens_per_s": session.config.tokens_per_step / recent if recent else 0.0,
         "step_ms": 1000 * recent,
         "phase": "qat" if plan.qat else "train",
     }
-
-
-class _Pace:
-    """Keeps the host at most two steps ahead of the device, and reads each step's numbers without making it wait."""
-
-    def __init__(self, session: Session) -> None:
-        self._cuda = session.context.device.type == "cuda"
-        self._queue: deque[tuple[StepPlan, Tensor, torch.cuda.Event | None]] = deque()
-        self.latest: tuple[StepPlan, float, float] = (plan_step(session, 0.0), math.nan, math.nan)
-        self._last = (session.step, session.trained_s)
-
-    def push(self, plan: StepPlan, measured: Tensor) -> None:
-        """`measured` of this step is on its way."""
-        event = None
-        if self._cuda:
-            host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
-            measured = host.copy_(measured, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._queue.append((plan, measured, event))
-        while len(self._queue) > _HOST_AHEAD:
-            self._pop()
-
-    def drain(self) -> None:
-        """Wait until every step is done."""
-        while self._queue:
-            self._pop()
-
-    def step_s(self, trained_s: float, step: int) -> float:
-        """Mean seconds that a step really took since the last call; `step` has grown."""
-        last_step, last_s = self._last
-        self._last = (step, trained_s)
-        return (trained_s - last_s) / (step - last_step)
-
-    def _pop(self) -> None:
-        plan, measured, event = self._queue.popleft()
-        if event is not None:
-            event.synchronize()
-        loss, norm = measured.tolist()
-        self.latest = (plan, loss, norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(
-                f"step {plan.step + 1} gave a loss of {loss} and a gradient norm of {norm}: lower the learning rates "
-                "(optim.muon.lr_early, lr_late) or look for damaged data"
-            )

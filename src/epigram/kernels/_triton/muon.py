@@ -162,6 +162,6 @@ def _tile(num_rows, num_cols, TILE: tl.constexpr):
 @triton.jit
 def _step(gradient, buffer, inside, mu, s):
     """New momentum in the buffer's dtype, and the Nesterov update from it in float32."""
-    g = s * tl.load(gradient, mask=inside, other=0.0)
+    g = tl.where(s == 0.0, 0.0, s * tl.load(gradient, mask=inside, other=0.0))
     m = (g + mu * tl.load(buffer, mask=inside, other=0.0).to(tl.float32)).to(buffer.dtype.element_ty)
     return m, g + mu * m.to(tl.float32)
