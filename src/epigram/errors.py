@@ -15,3 +15,11 @@ class DataError(UserError):
 
 class ArtifactError(UserError):
     """A model file that is truncated, altered, hostile, or of a version that this release cannot read."""
+
+
+class LostPeerError(UserError):
+    """Another process of the run failed or was lost. told: whether its message comes from another process."""
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

@@ -26,6 +26,7 @@ from epigram.run.describe import describe
 from epigram.run.job import _new_folder, run_job
 from epigram.run.report.build import build as build_report
 from epigram.run.setup import Session
+from epigram.run.space import needed_bytes
 from epigram.run.weights import load_model
 
 
@@ -228,6 +229,30 @@ def test_ctrl_c(data_path: Path, tmp_path: Path, monkeypatch):
 
 def no_room(*arguments: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_too_small_is_refused_before_training(data_path: Path, tmp_path: Path, monkeypatch):
+    run = tmp_path / "run"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=17_000_000))
+    with pytest.raises(UserError, match="has 17,000,000 bytes free, and the run needs 1.*a checkpoint takes 2,"):
+        train_run(data_path, run)
+    assert result_of(run)["status"] == "failed"
+    assert not (run / "checkpoints").exists()
+
+
+def test_what_a_run_will_write():
+    """keep + 1 checkpoints, or as many as there will be; those that are there make way for new ones."""
+    config = load_recipe("smoke", ["run.checkpoint_every_s=3", "run.checkpoint_keep=2"])
+    rest = needed_bytes(config, 0)
+    assert rest > config.artifact.cap_bytes
+    assert needed_bytes(config, 1000) == rest + 3000
+    assert needed_bytes(config, 1000, existing=2) == rest + 1000
+    assert needed_bytes(config, 1000, existing=9) == rest + 1000
+    assert (
+        needed_bytes(load_recipe("smoke", ["run.checkpoint_every_s=3", "run.checkpoint_keep=0"]), 1000) == rest + 11000
+    )
+    assert needed_bytes(load_recipe("smoke"), 1000) == rest + 1000
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(data_path: Path, tmp_path: Path, monkeypatch):

@@ -1,13 +1,15 @@
 """The `epigram` command. Nothing heavy is imported until a command runs, so that --help answers at once."""
 
+import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import click
 
 from epigram.cli import bench, data, describe, doctor, export, generate, report, score, train
-from epigram.errors import UserError
+from epigram.errors import LostPeerError, UserError
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 TERMINATED = 143  # and after `kill`, which a cluster sends before it takes a machine away
@@ -39,15 +41,29 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
+    except LostPeerError as error:
+        if not error.told:
+            print(f"epigram: {error}", file=sys.stderr)
+        _exit(2)
     except UserError as error:
         print(f"epigram: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"epigram: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except (KeyboardInterrupt, click.Abort):
         print("epigram: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _exit(INTERRUPTED)
+
+
+def _exit(code: int) -> NoReturn:
+    """As sys.exit; but one of several processes, after a failure, does not wait for what belongs to the lost ones."""
+    watch = sys.modules.get("epigram.dist.watch")
+    if watch is not None and watch.current is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -10,12 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epigram.dist import watch
 from epigram.dist.context import Context
-from epigram.errors import UserError
-
-
-class LostPeerError(UserError):
-    """Another process of the run ended, or failed in a part that concerns all."""
+from epigram.errors import LostPeerError
 
 
 def sum_(context: Context, tensors: Sequence[Tensor]) -> None:
@@ -99,6 +96,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise when a process is gone
+        if watch.current is not None and (failure := watch.current.explain()) is not None:
+            raise LostPeerError(str(failure), told=failure.reporter != watch.current.rank) from error
         raise LostPeerError(
             f"this process lost the others ({error}): the one that ended first says why, in its own message"
         ) from error

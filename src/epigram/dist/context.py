@@ -1,6 +1,7 @@
 """Which process this is, of how many, and on which device: the only place that reads torchrun's environment."""
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from epigram.errors import UserError
+from epigram.dist import watch
+from epigram.errors import LostPeerError, UserError
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -44,21 +46,77 @@ class Context:
 def open_context(device: str = "auto") -> Iterator[Context]:
     """The context of this process, with the process group open if there are several.
 
-    device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device name.
+    device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device name. What fails inside ends all processes,
+    see `epigram.dist.watch`, and is raised as a UserError that names the rank: in one process what happened, in the
+    others LostPeerError.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     context = Context(rank=rank, world_size=world_size, local_rank=local_rank, device=pick_device(device, local_rank))
     if context.device.type == "cuda":
         torch.cuda.set_device(context.device)
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+    if world_size == 1:
+        with _told(None):
+            yield context
+        return
+    backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
+    watch.current = watch.Watch(rank, world_size, os.environ.get("MASTER_ADDR", "localhost"))
     try:
-        yield context
-    finally:
-        if world_size > 1:
+        with _told(watch.current):
+            yield context
+    except BaseException:
+        if context.device.type != "cuda":  # NCCL might wait for who is lost
             dist.destroy_process_group()
+        raise
+    watch.current.leave()
+    watch.current = None
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _told(watching: watch.Watch | None) -> Iterator[None]:
+    """What goes wrong inside is told to the other processes, and comes out as what this process has to say of it.
+
+    A UserError is one sentence for the terminal; LostPeerError where another process says it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _of_rank(watching, f"out of memory ({error}): use smaller lanes or another device", error) from error
+    except (KeyboardInterrupt, UserError, OSError) as error:
+        if watching is None:
+            raise
+        cause = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+        told = _of_rank(watching, cause, error)
+        raise (error if isinstance(error, KeyboardInterrupt) else told) from error
+    except SystemExit as error:
+        if watching is None or error.code in (None, 0):
+            raise
+        told = _of_rank(watching, str(getattr(error, "reason", f"stopped with exit code {error.code}")), error)
+        if isinstance(told, LostPeerError):
+            raise told from error
+        raise
+    except Exception as error:
+        if watching is None:
+            raise
+        told = _of_rank(watching, f"{type(error).__name__}: {error}", error)
+        if not isinstance(told, LostPeerError):
+            traceback.print_exception(error)  # a mistake of ours: where it happened is of use
+        raise told from error
+
+
+def _of_rank(watching: watch.Watch | None, cause: str, error: BaseException) -> UserError:
+    """The error that this process raises for `error`."""
+    if watching is None:
+        return UserError(cause)
+    known = watching.failure
+    if isinstance(error, LostPeerError) and known is not None:
+        return LostPeerError(str(known), told=known.reporter != watching.rank)
+    first = watching.report(cause)
+    if first.rank == watching.rank:
+        return UserError(str(first))
+    return LostPeerError(str(first), told=first.reporter != watching.rank)
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:

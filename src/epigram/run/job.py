@@ -10,7 +10,7 @@ from typing import Any
 from epigram.config import Config, load_recipe, to_tree
 from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder
-from epigram.dist import collectives
+from epigram.dist import collectives, watch
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
 from epigram.evaluation.scorer import TokenLoss
@@ -22,8 +22,9 @@ from epigram.run.export import over_budget, quantize
 from epigram.run.machine import environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
-from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, token_loss
+from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, state_of, token_loss
 from epigram.run.size import forecast_bytes
+from epigram.run.space import check_room
 from epigram.run.speed import scoring_work
 from epigram.run.summary import compressor_rows, log_summary
 from epigram.run.train import figures, save_checkpoint, train
@@ -61,8 +62,10 @@ def run_job(
         if saved is not None:  # before the folder is touched: what does not fit must not change it
             resume_session(session, saved)
         with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
-            _begin(session, record)
+            if watch.current is not None:
+                watch.current.last_words = record.fail
             try:
+                _begin(session, record)
                 _train(session, record)
                 if until == "export":
                     finish_run(config, session.model, session.nll, data, context, record)
@@ -179,6 +182,9 @@ def finish_run(
 
 def _begin(session: Session, record: RunRecord) -> None:
     config, data = session.config, session.data
+    with collectives.together(session.context):
+        if record.writes:
+            check_room(record.folder, config, state_of(session))
     record.result.clear()  # a run that is resumed has other results than it had
     record.environment(environment(session.paths))
     if record.writes:

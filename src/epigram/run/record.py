@@ -25,6 +25,7 @@ from typing import Any, Self
 import tomli_w
 
 from epigram import plugin
+from epigram.dist import watch
 from epigram.errors import UserError
 from epigram.run.writers.base import PACKAGE, MetricsWriter
 from epigram.run.writers.jsonl import cut_unfinished_line
@@ -103,11 +104,17 @@ class RunRecord:
             self._end("finished")
         elif isinstance(error, KeyboardInterrupt):
             self._end("interrupted", "stopped by Ctrl-C")
+        elif isinstance(error, SystemExit) and watch.current is not None and watch.current.failure is not None:
+            self._end("failed", str(watch.current.failure))  # whoever started the processes ended this one for it
         elif isinstance(error, SystemExit):
             self._end("interrupted", getattr(error, "reason", f"stopped with exit code {error.code}"))
         else:
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self._end("failed", f"{name}{error}")
+
+    def fail(self, reason: str) -> None:
+        """The process is about to be ended from outside of its main thread."""
+        self._end("failed", reason)
 
     def environment(self, facts: Mapping[str, Any]) -> None:
         """Write environment.json; see `epigram.run.machine.environment`."""
