@@ -23,3 +23,11 @@ class LostPeerError(UserError):
     def __init__(self, message: str, *, told: bool = False) -> None:
         super().__init__(message)
         self.told = told
+
+
+class StoppedError(SystemExit):
+    """The run ended early, in all processes alike, because it was told to by SIGTERM. reason: for the record."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(143)  # what a shell expects
+        self.reason = reason

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,13 +23,13 @@ FOUR_LANES = (
 )
 
 
-def environment(rank: int, port: int) -> dict[str, str]:
-    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {**os.environ, **{key: str(value) for key, value in ours.items()}, "OMP_NUM_THREADS": "1"}
 
 
-def run_two(script: str, folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of both processes that run `script`, without torchrun to end them."""
+def run_two(script: str, folder: Path, *arguments: str, num_processes: int = 2) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of the processes, two or more, that run `script`, without torchrun to end them."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
     with socket.socket() as probe:
@@ -37,9 +38,9 @@ def run_two(script: str, folder: Path, *arguments: str) -> list[tuple[int, str, 
     command = [sys.executable, str(path), *arguments]
     processes = [
         subprocess.Popen(
-            command, env=environment(rank, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment(rank, num_processes, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for rank in range(2)
+        for rank in range(num_processes)
     ]  # fmt: skip
     try:
         outputs = [process.communicate(timeout=TIMEOUT_S) for process in processes]
@@ -274,3 +275,60 @@ def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path: Path):
     assert (first, second) == (2, 3)
     assert out == "last words: rank 1: torn cable\n"
     assert said == "", "rank 1 has told"
+
+
+@pytest.mark.slow
+def test_a_run_of_four_processes_goes_on_with_two(data_path: Path, tmp_path: Path):
+    """The same losses and weights as in one process that nobody interrupted, up to the order of sums."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    settings = [argument for setting in FOUR_LANES[:1] for argument in ("--set", setting)]
+    script = """
+        from epigram.cli.main import main
+        main()
+    """
+    common = ("--device", "cpu", "--until", "train")
+    first = run_two(
+        script, tmp_path, "train", "smoke", "--data", str(data_path), "--out", str(run), *common,
+        *[a for setting in SHORT for a in ("--set", setting)], *settings, "--set", "budget.max_steps=4", num_processes=4,
+    )  # fmt: skip
+    assert [code for code, _, _ in first] == [0] * 4, first
+    assert len(list((run / "checkpoints" / "step-00000004").glob("*.safetensors"))) == 4, "each wrote its share"
+    second = run_two(script, tmp_path, "train", "--resume", str(run), *common, "--set", "budget.max_steps=0")
+    assert [code for code, _, _ in second] == [0, 0], second
+    train_run(data_path, whole, FOUR_LANES[0], until="train")
+    assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-5)
+    one, several = saved_tensors(whole), saved_tensors(run)
+    assert one.keys() == several.keys()
+    for name, tensor in one.items():
+        distance = torch.linalg.vector_norm((tensor.double() - several[name].double()))
+        assert distance <= 1e-5 * torch.linalg.vector_norm(tensor.double()), name
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 0, None)])
+def test_a_signal_to_one_process_is_heeded_by_both(data_path: Path, tmp_path: Path, number: int, code: int, status):
+    script = f"""
+        import os, signal
+        from epigram.cli.main import main
+        from epigram.run import train
+
+        real = train.train_step
+
+        def signalled(session, plan):
+            if plan.step == 3 and session.context.rank == 1:
+                os.kill(os.getpid(), {int(number)})
+            return real(session, plan)
+
+        train.train_step = signalled
+        main()
+    """
+    run = tmp_path / "run"
+    settings = [argument for setting in (*SHORT, FOUR_LANES[0]) for argument in ("--set", setting)]
+    found = run_two(
+        script, tmp_path, "train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu",
+        "--until", "train", *settings,
+    )  # fmt: skip
+    assert [one for one, _, _ in found] == [code, code], found
+    assert (run / "checkpoints" / "step-00000004").is_dir()
+    assert result_of(run)["status"] == (status or "finished")
+    if status:
+        assert "stopped by SIGTERM after step 4, whose checkpoint is complete" in result_of(run)["reason"]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from epigram.dist import watch
-from epigram.errors import LostPeerError, UserError
+from epigram.errors import LostPeerError, StoppedError, UserError
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -90,10 +90,14 @@ def _told(watching: watch.Watch | None) -> Iterator[None]:
         cause = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
         told = _of_rank(watching, cause, error)
         raise (error if isinstance(error, KeyboardInterrupt) else told) from error
+    except StoppedError:
+        if watching is not None:
+            watching.leave()
+        raise
     except SystemExit as error:
         if watching is None or error.code in (None, 0):
             raise
-        told = _of_rank(watching, str(getattr(error, "reason", f"stopped with exit code {error.code}")), error)
+        told = _of_rank(watching, f"stopped with exit code {error.code}", error)
         if isinstance(told, LostPeerError):
             raise told from error
         raise

@@ -26,7 +26,7 @@ import tomli_w
 
 from epigram import plugin
 from epigram.dist import watch
-from epigram.errors import UserError
+from epigram.errors import StoppedError, UserError
 from epigram.run.writers.base import PACKAGE, MetricsWriter
 from epigram.run.writers.jsonl import cut_unfinished_line
 
@@ -104,10 +104,12 @@ class RunRecord:
             self._end("finished")
         elif isinstance(error, KeyboardInterrupt):
             self._end("interrupted", "stopped by Ctrl-C")
+        elif isinstance(error, StoppedError):
+            self._end("interrupted", error.reason)
         elif isinstance(error, SystemExit) and watch.current is not None and watch.current.failure is not None:
             self._end("failed", str(watch.current.failure))  # whoever started the processes ended this one for it
         elif isinstance(error, SystemExit):
-            self._end("interrupted", getattr(error, "reason", f"stopped with exit code {error.code}"))
+            self._end("interrupted", f"stopped with exit code {error.code}")
         else:
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self._end("failed", f"{name}{error}")

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-TERMINATED = 143  # what a shell expects of a process that SIGTERM ended
-
 
 @dataclass
 class Requests:
@@ -21,14 +19,6 @@ class Requests:
 
     stop: bool = False
     checkpoint: bool = False
-
-
-class StoppedError(SystemExit):
-    """The run ended early because it was told to, in good order: exit code 143. reason: for the record."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(TERMINATED)
-        self.reason = reason
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from epigram.dist import collectives
-from epigram.errors import UserError
+from epigram.errors import StoppedError, UserError
 from epigram.model.gpt import BankTransform
 from epigram.optim import schedule
 from epigram.optim.base import restore
@@ -24,7 +24,7 @@ from epigram.run.guard import Measured, verdict
 from epigram.run.pace import Pace
 from epigram.run.record import RunRecord
 from epigram.run.setup import Engine, Session, random_state, restore_random, state_of
-from epigram.run.signals import StoppedError, listening
+from epigram.run.signals import listening
 
 UPDATE = "epigram update"
 """In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
