@@ -27,6 +27,23 @@ def test_it_inverts(name: str, text: str) -> None:
     assert len(silent) - int(silent.sum()) == len(text.encode())  # what is heard is the text, byte for byte
 
 
+@pytest.mark.parametrize("name", NAMES)
+@given(text=st.text(st.one_of(st.characters(), st.characters(categories=["Cs"]), st.sampled_from("aBİıßẞſKǅ\u0301"))))
+def test_it_inverts_what_is_no_unicode_too(name: str, text: str) -> None:
+    transform = base.load(name)
+    assert transform.decode(transform.encode(text)) == text  # half surrogate pairs, letters of unequal case mappings
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("unit", ["acgt", "ACGT", "aB", caseops.ESCAPE])
+def test_a_long_run_takes_linear_time(name: str, unit: str) -> None:
+    text = unit * (400_000 // len(unit))  # in quadratic time this would be hours
+    transform = base.load(name)
+    transformed = transform.encode(text)
+    assert transform.decode(transformed) == text
+    assert int((~transform.silent(transformed.encode())).sum()) == len(text.encode())
+
+
 @given(text=TEXTS)
 def test_caseops_changes_capitals_alone(text: str) -> None:
     transformed = caseops.encode(text).encode()

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"
 MARKS = TITLE + ALLCAPS + CAPNEXT + ESCAPE
 
-_CAPITALS = re.compile(f"[{MARKS}]|[a-z]*[A-Z][A-Za-z]*")
+# A run is looked at from its beginning alone: from each of its letters, a long one in small letters (a genome, an
+# encoded file) would take quadratic time.
+_CAPITALS = re.compile(f"[{MARKS}]|(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*")
 _LATER = re.compile("[A-Z]")
 _MARKED = re.compile(f"{ESCAPE}(.)|{ALLCAPS}([a-z]+)|[{TITLE}{CAPNEXT}]([a-z])", re.DOTALL)
 _SILENT = re.compile(b"\xee\x80\x84(?:\xee\x80[\x81-\x84])?|\xee\x80[\x81-\x83]")
