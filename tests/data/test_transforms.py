@@ -16,6 +16,8 @@ TEXTS = st.one_of(
     st.text(st.sampled_from("abAB .1éÀ日" + caseops.MARKS), max_size=40),
 )
 
+_UNEQUAL = "aBßẞ\u0130\u0131\u017f\u01c5\u212a\u0301"  # letters whose small and capital forms are no pairs
+
 
 @pytest.mark.parametrize("name", NAMES)
 @given(text=TEXTS)
@@ -28,7 +30,7 @@ def test_it_inverts(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(text=st.text(st.one_of(st.characters(), st.characters(categories=["Cs"]), st.sampled_from("aBİıßẞſKǅ\u0301"))))
+@given(text=st.text(st.one_of(st.characters(), st.characters(categories=["Cs"]), st.sampled_from(_UNEQUAL))))
 def test_it_inverts_what_is_no_unicode_too(name: str, text: str) -> None:
     transform = base.load(name)
     assert transform.decode(transform.encode(text)) == text  # half surrogate pairs, letters of unequal case mappings

@@ -18,6 +18,7 @@ from epigram.progress import Progress
 _WORDS = re.compile(r"[^a-z]+")
 _NAMES = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test"}}
 _REMOTE = re.compile(r"hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?")
+_SPOOL_CHARS = 40  # of a name on the hub, at most 4 bytes each, that its name on this disk ends with
 BY_HASH = "by hash"
 
 
@@ -157,7 +158,7 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
         raise DataError(f"{source} holds no .parquet or .jsonl files: name another folder of the dataset")
     return [
         SourceFile(
-            path=Path(hashlib.sha256(f"{repo} {file.path}".encode()).hexdigest()[:16] + "-" + file.name),
+            path=_spool_name(file),
             kind=kinds[file.path],
             split=BY_HASH,
             whole=False,
@@ -166,6 +167,12 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
         )
         for file in sorted(records, key=lambda file: file.path)
     ]
+
+
+def _spool_name(file: HubFile) -> Path:
+    """A name on this disk: another one for each file and each of its versions, ending like the file's own."""
+    facts = f"{file.repo} {file.path} {file.sha256 or file.blob_id}"
+    return Path(f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}-{file.name[-_SPOOL_CHARS:]}")
 
 
 def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFile]:

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import random
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may pass
 _LOCAL = {  # errors of this machine's disk
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
 }
+_HEX = re.compile(r"[0-9a-f]{40,64}")  # what hashes look like, parts of which become names on this disk
+_EXTRA_BYTES = 1 << 20  # that may come beyond the end of a file before the connection is given up
 _BAD_COPIES = 3  # of a file, whole but with another hash, before the server is given up
 
 
@@ -85,6 +88,8 @@ class Hub:
             if (size := getattr(entry, "size", None)) is not None:
                 sha256 = entry.lfs.sha256 if entry.lfs else None
                 blob_id = None if entry.lfs else entry.blob_id
+                if not _HEX.fullmatch(sha256 or blob_id or ""):
+                    raise DataError(f"the hub states no hash of {entry.path} in {repo}: check HF_ENDPOINT")
                 files.append(
                     HubFile(repo=repo, commit=commit, path=entry.path, num_bytes=size, sha256=sha256, blob_id=blob_id)
                 )
@@ -147,7 +152,7 @@ class Hub:
                     return
                 http_get(
                     url,
-                    _Watched(out, self._told(progress)),  # type: ignore[arg-type]
+                    _Watched(out, self._told(progress), file.num_bytes + _EXTRA_BYTES),  # type: ignore[arg-type]
                     resume_size=have,
                     headers=dict(headers),
                     expected_size=file.num_bytes,
@@ -189,12 +194,15 @@ def partial_path(to: Path, file: HubFile) -> Path:
 
 
 class _Watched:
-    """A binary file that tells how many bytes were written, and takes back those that are cut off."""
+    """A binary file that tells how many bytes were written, and takes back those that are cut off. OSError for bytes
+    beyond `most`: a reply without end would fill the disk."""
 
-    def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
-        self._file, self._progress = file, progress
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None], most: int) -> None:
+        self._file, self._progress, self._most = file, progress, most
 
     def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._most:
+            raise OSError("more bytes came than the file has")
         self._progress(len(data))
         written = self._file.write(data)
         self._file.flush()  # so that a process that is killed has lost nothing
