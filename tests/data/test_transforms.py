@@ -1,5 +1,7 @@
 """Every transform of the folder: it inverts on any string, and its byte counts are those of the text."""
 
+import itertools
+
 import numpy as np
 import pytest
 from data_helpers import make_documents, train_with
@@ -44,6 +46,17 @@ def test_a_long_run_takes_linear_time(name: str, unit: str) -> None:
     transformed = transform.encode(text)
     assert transform.decode(transformed) == text
     assert int((~transform.silent(transformed.encode())).sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_pieces_are_decoded_like_the_whole(name: str, text: str, cuts: list[int]) -> None:
+    """Of any text, such as a model may write: not only of what `encode` gives."""
+    transform = base.load(name)
+    for whole in (text, transform.encode(text)):
+        decoder, places = transform.Decoder(), [0, *sorted(cuts), len(whole) + 40]
+        pieces = [decoder.feed(whole[start:end]) for start, end in itertools.pairwise(places)]
+        assert "".join(pieces) + decoder.finish() == transform.decode(whole)
 
 
 @given(text=TEXTS)

@@ -43,6 +43,38 @@ def decode(text: str) -> str:
     return _MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
 
 
+class Decoder:
+    """`decode` for text that comes in pieces, as a model writes it."""
+
+    def __init__(self) -> None:
+        self._open = ""  # the mark that waits for what it acts on
+        self._in_capitals = False  # behind ALLCAPS and a letter
+
+    def feed(self, text: str) -> str:
+        """The text that is certain by now; a mark at the end is held back."""
+        return "".join(map(self._next, text))
+
+    def finish(self) -> str:
+        """The mark that waits in vain, if there is one."""
+        rest, self._open, self._in_capitals = self._open, "", False
+        return rest
+
+    def _next(self, character: str) -> str:
+        if self._open == ESCAPE:
+            self._open = ""
+            return character
+        is_small = "a" <= character <= "z"
+        if self._in_capitals and is_small:
+            return character.upper()
+        if self._open and is_small:
+            self._in_capitals, self._open = self._open == ALLCAPS, ""
+            return character.upper()
+        vain = self.finish()
+        if character in MARKS:
+            self._open, character = character, ""
+        return vain + character
+
+
 def silent(text: bytes) -> NDArray[np.bool_]:
     """True for the bytes of marks, escaped ones excepted."""
     found = np.zeros(len(text), np.bool_)
