@@ -157,6 +157,16 @@ def test_a_hub_that_never_gives_the_file_is_a_clear_error(tmp_path: Path, hub: F
     assert not [name for name in listing(tmp_path) if not name.endswith(".partial")]
 
 
+def test_waiting_for_the_hub_is_not_silent(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("epigram.data.hub._TOLD_S", 0.0)
+    hub.api_faults.extend(["503"] * 5)
+    bring(hub, tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "asking again in 0 s" in line]
+    assert lines and all("the hub does not give someone/shards now (" in line and "503" in line for line in lines)
+
+
 def test_a_hash_that_no_file_has_is_a_clear_error(tmp_path: Path, hub: FakeHub) -> None:
     hub.wrong_hashes.add(VAL)
     with pytest.raises(DataError, match="fineweb_val_000000.bin of someone/shards came 3 times with wrong contents"):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from epigram.errors import DataError, UserError
 
 ATTEMPTS = 8  # without a byte of progress, each after a longer wait: four minutes together
 _LONGEST_WAIT_S = 60.0
+_TOLD_S = 2.0  # a wait that is worth a line
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may pass
 _LOCAL = {  # errors of this machine's disk
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
@@ -179,12 +181,17 @@ class Hub:
                     if (explained := _explained(error, what)) is error:
                         raise
                     raise explained from error
+                told = error
                 failures, before = (0, size()) if size() > before else (failures + 1, before)
                 if failures >= ATTEMPTS:
                     raise DataError(
                         f"the hub does not give {what} ({_first_line(error)}): try again later, what arrived is kept"
                     ) from error
-            if self._stopped.wait(min(self._wait_s * 2**failures, _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)):
+            wait_s = min(self._wait_s * 2**failures, _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+            if wait_s >= _TOLD_S:
+                why = f"the hub does not give {what} now ({_first_line(told)})"
+                print(f"{why}: asking again in {wait_s:.0f} s", file=sys.stderr, flush=True)
+            if self._stopped.wait(wait_s):
                 raise DataError("the download was stopped")
 
 
