@@ -136,7 +136,7 @@ def _expand(source: str | Path, exclude: Path | None, notes: list[str], hub: Cal
         return _walk(source, exclude, notes)
     if kind != "stdlib" and not source.is_file():
         raise UserError(f"there is no file or folder {source}: check the path")
-    return [SourceFile(path=source, kind=kind, split=BY_HASH, whole=False, name=source.name)]
+    return [SourceFile(path=source, kind=kind, split=BY_HASH, whole=False, name=_readable(source.name))]
 
 
 def is_remote(source: str | Path) -> bool:
@@ -200,7 +200,7 @@ def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFi
             kind=kinds[path],
             split=BY_HASH,
             whole=kinds[path] == base.FALLBACK,
-            name=path.relative_to(folder).as_posix(),
+            name=_readable(path.relative_to(folder).as_posix()),
         )
         for path in records or found
     ]
@@ -233,9 +233,14 @@ def _named_split(name: str) -> str | None:
 
 
 def _note(what: str, folder: Path | None, paths: list[Path]) -> str:
-    names = [str(path.relative_to(folder)) if folder else path.name for path in paths]
+    names = [_readable(str(path.relative_to(folder)) if folder else path.name) for path in paths]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what}: {', '.join(names[:3])}{more}"
+
+
+def _readable(name: str) -> str:
+    """The name of a file for people and manifests: bytes that are no UTF-8, which a disk allows, as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _identity(file: SourceFile) -> tuple[str, Path]:
