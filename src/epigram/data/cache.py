@@ -39,6 +39,7 @@ def ensure_built(
     workers: int | None = None,
     field: str = "text",
     seed: int = 0,
+    transform: str = "",
 ) -> Opened:
     """Open `path` when it is a data folder (then only `tokenizer_file` is looked at); else build it into
     `cache_dir`.
@@ -58,6 +59,7 @@ def ensure_built(
         "shard_tokens": shard_tokens,
         "field": field,
         "seed": seed,
+        "transform": transform,
     }
     folder = Path(cache_dir) / _name(path, settings)
     with _one_at_a_time(folder):

@@ -153,7 +153,9 @@ def finish_run(
     with collectives.together(context):
         if context.is_main:
             with timed(times, "pack_s"):
-                report = pack(path, config, quantized.stored, data.tokenizer, quantized.source.to_dict())
+                report = pack(
+                    path, config, quantized.stored, data.tokenizer, quantized.source.to_dict(), data.transform
+                )
             record.update(
                 pack_s=round(times["pack_s"], 3),
                 artifact_bytes=report.total_bytes,
@@ -196,6 +198,8 @@ def _begin(session: Session, record: RunRecord) -> None:
     record.log(_forecast(config, session.model))
     where = str(data.path.resolve())
     record.update(recipe=config.recipe, seed=config.seed, parameters=num_parameters, data=where)
+    if data.transform:  # whoever loads a checkpoint must know it
+        record.update(transform=data.transform)
 
 
 def _forecast(config: Config, model: GPT) -> str:
