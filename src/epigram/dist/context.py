@@ -1,5 +1,6 @@
 """Which process this is, of how many, and on which device: the only place that reads torchrun's environment."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,9 @@ def open_context(device: str = "auto") -> Iterator[Context]:
     if context.device.type == "cuda":
         torch.cuda.set_device(context.device)
     if world_size > 1:
+        # Its functions have the group of the moment as a default. Imported later, as torch does when a model is made on
+        # the meta device, it would hold the group for ever, and gloo's threads could abort the process at its end.
+        importlib.import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
