@@ -28,6 +28,7 @@ from epigram.cli.options import data_option, device_option, finish, json_option
     show_default=True,
     help="Tokens in a forward: speed, not score.",
 )
+@click.option("--probe", is_flag=True, help="First put the scorer and the model to the test; fail if either cheats.")
 @device_option()
 @json_option()
 def command(
@@ -41,6 +42,7 @@ def command(
     max_tokens: int,
     split: str,
     batch_tokens: int,
+    probe: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -60,5 +62,6 @@ def command(
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
         device=device,
+        with_probes=probe,
     )
     finish(result, as_json)

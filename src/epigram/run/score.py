@@ -15,10 +15,12 @@ from epigram.data.manifest import MANIFEST
 from epigram.dist import collectives
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
+from epigram.evaluation.probes import Finding
 from epigram.evaluation.scorer import score
 from epigram.evaluation.windows import METHODS, Method, StreamingConfig
 from epigram.model.gpt import GPT
 from epigram.run.api import Model
+from epigram.run.probe import check, probe
 from epigram.run.record import final_line
 from epigram.run.setup import CACHE, Losses, attach_attention, attach_kernels, scoring_losses
 from epigram.run.speed import Work, scoring_work
@@ -85,30 +87,49 @@ def score_model(
     max_tokens: int = 0,
     batch_tokens: int = 65_536,
     device: str = "auto",
+    with_probes: bool = False,
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
     Data that is text is tokenized with the model's own tokenizer. max_tokens: only the beginning of the split, 0 for
-    all of it. Under torchrun the processes share the work; the result is then empty in all but the first.
+    all of it. with_probes: put the probes to each method first; ProbeError when one fails. Under torchrun the processes
+    share the work; the result is then empty in all but the first.
     """
     with open_context(device) as context:
         model, data = _open(path, data_path, context)
         seq_len = seq_len or model.context_len
         losses = losses_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens))
-        rows = {}
+        rows: dict[str, Any] = {}
+        findings: dict[str, list[Finding]] = {}
         if data.validation is not None and split == "val" and context.is_main:
             print(f"validation: {data.validation.text}", flush=True)
         for name in methods or METHODS:
             width = {"blocks": seq_len, "streaming": 1}.get(name, stride or max(seq_len // 8, 1))
             method = Method(name=name, seq_len=seq_len, stride=width, streaming=streaming or StreamingConfig())
+            if with_probes:
+                dtype = model.gpt.compute_dtype
+                findings[name] = probe(
+                    losses, data, method, context, dtype=dtype, batch_tokens=max(batch_tokens, seq_len), split=split
+                )
+                if context.is_main:
+                    _print_findings(name, findings[name])
             rows[name] = score_split(
                 losses, data, method, context, batch_tokens=batch_tokens, split=split, max_tokens=max_tokens
             )
             if context.is_main:
                 print(final_line(name, rows[name]["val_nats"], rows[name]["val_bpb"]), flush=True)
+        check(findings)
         if not context.is_main:
             return {}
-        return {"model": str(path), "data": data_path, "split": split, "scores": rows}
+        found = {name: [asdict(finding) for finding in some] for name, some in findings.items()}
+        probed = {"probes": found} if with_probes else {}
+        return {"model": str(path), "data": data_path, "split": split, "scores": rows, **probed}
+
+
+def _print_findings(method: str, findings: list[Finding]) -> None:
+    for finding in findings:
+        verdict = "passed" if finding.passed else "FAILED"
+        print(f"probe {method}, {finding.name}: {verdict}: {finding.detail}", flush=True)
 
 
 def _open(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
