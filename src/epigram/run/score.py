@@ -96,7 +96,7 @@ def score_model(
     share the work; the result is then empty in all but the first.
     """
     with open_context(device) as context:
-        model, data = _open(path, data_path, context)
+        model, data = open_both(path, data_path, context)
         seq_len = seq_len or model.context_len
         losses = losses_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens))
         rows: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _print_findings(method: str, findings: list[Finding]) -> None:
         print(f"probe {method}, {finding.name}: {verdict}: {finding.detail}", flush=True)
 
 
-def _open(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
+def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
     """Model and data that belong together; UserError where they do not."""
     device = str(context.device)
     if not is_built(Path(data_path)):
