@@ -4,7 +4,7 @@ Who scores what is planned by `epigram.evaluation.windows` and read by `epigram.
 count are summed in float64, and the bytes of text that they stand for are counted and compared with the data's own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from epigram.byte_tables import ByteTables
 from epigram.errors import UserError
+from epigram.evaluation.adapt import Adapter, chunks
 from epigram.evaluation.bpb import Score, check_bytes, count_bytes
 from epigram.evaluation.passes import OpenStream, Part, TokenLoss, parts
-from epigram.evaluation.windows import Method, rank_share
+from epigram.evaluation.windows import Method, WindowPlan, rank_share
 from epigram.progress import Progress
 
 Reduce = Callable[[Tensor], Tensor]  # adds a float64 tensor up over the ranks
@@ -35,6 +36,8 @@ def score(
     world_size: int = 1,
     reduce: Reduce | None = None,
     progress: bool = True,
+    adapter: Adapter | None = None,
+    chunk_tokens: int = 0,
 ) -> Score:
     """What `nll` loses on every token of `tokens` but the first, by `method`.
 
@@ -43,21 +46,20 @@ def score(
     manifest gives for it; None only where there is no manifest. byte_counts: (n + 1,) bytes of text that each token
     stands for, where the tables do not tell. reduce: needed with more than one rank to get
     the whole score; without it the result is this rank's part, and parts add up. batch_tokens: at most this
-    many tokens a forward.
+    many tokens a forward. adapter, chunk_tokens: who learns from each chunk of so many tokens after it was scored.
 
     The sum is kept in float64 on the device and read once at the end. Raises DataError when the bytes differ
     from `expected_bytes`, UserError when a loss is not a finite number.
     """
-    plan = method.plan(len(tokens) - 1)
+    groups = _groups(method.plan(len(tokens) - 1), adapter, chunk_tokens)
     all_bytes = check_bytes(tokens, tables, expected_bytes, byte_counts)
-    share = rank_share(plan, rank, world_size)
-    found = parts(
-        nll, tokens, share, method,
-        batch_tokens=batch_tokens, world_size=world_size, device=device, num_windows=len(plan),
-    )  # fmt: skip
-    with torch.no_grad(), Progress(f"score {method.name}", share.num_scored, "tokens") as bar:
+    shares = [rank_share(group, rank, world_size) for group in groups]
+    found = _released(nll, tokens, groups, method, device, batch_tokens, adapter, rank, world_size)
+    total = sum(share.num_scored for share in shares)
+    with torch.no_grad(), Progress(f"score {method.name}", total, "tokens") as bar:
         nats, counted = sum_losses(found, device, bar.advance if progress else None)
-    num_bytes = torch.tensor(count_bytes(tokens, tables, *share.scored, byte_counts), device=nats.device)
+    own_bytes = sum(count_bytes(tokens, tables, *share.scored, byte_counts) for share in shares)
+    num_bytes = torch.tensor(own_bytes, device=nats.device)
     sums = torch.stack([nats, counted.double(), num_bytes.double()])
     result = _as_score(reduce(sums) if reduce else sums)
     if reduce or world_size == 1:
@@ -73,19 +75,51 @@ def token_nlls(
     *,
     device: torch.device,
     batch_tokens: int,
+    adapter: Adapter | None = None,
+    chunk_tokens: int = 0,
 ) -> NDArray[np.float32]:
     """Loss of each target of `tokens` in nats, float32 (n,), by `method`; their sum is that of `score`."""
     num_targets = len(tokens) - 1
     found, times = np.zeros(num_targets, np.float32), np.zeros(num_targets, np.int64)
-    plan = method.plan(num_targets)
+    groups = _groups(method.plan(num_targets), adapter, chunk_tokens)
     with torch.no_grad():
-        for part in parts(nll, tokens, plan, method, batch_tokens=batch_tokens, world_size=1, device=device):
+        for part in _released(nll, tokens, groups, method, device, batch_tokens, adapter):
             counts = part.scored.cpu().numpy()
             targets = (part.first[:, None] + np.arange(counts.shape[1]))[counts]
             found[targets] = part.losses.cpu().numpy()[counts]
             np.add.at(times, targets, 1)
     assert np.all(times == 1), "every token must be scored once"
     return found
+
+
+def _groups(plan: WindowPlan, adapter: Adapter | None, chunk_tokens: int) -> list[WindowPlan]:
+    return [plan] if adapter is None else chunks(plan, chunk_tokens)
+
+
+def _released(
+    nll: TokenLoss | OpenStream,
+    tokens: NDArray[np.uint16],
+    groups: list[WindowPlan],
+    method: Method,
+    device: torch.device,
+    batch_tokens: int,
+    adapter: Adapter | None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Part]:
+    """This rank's losses, group after group; a group is handed to the adapter when all its losses are out.
+
+    The last one is not: nothing would be scored with what it taught.
+    """
+    for number, group in enumerate(groups):
+        share = rank_share(group, rank, world_size)
+        yield from parts(
+            nll, tokens, share, method,
+            batch_tokens=batch_tokens, world_size=world_size, device=device, num_windows=len(group),
+        )  # fmt: skip
+        if adapter is not None and number < len(groups) - 1:
+            first, end = group.scored
+            adapter.learn(tokens[first : end + 1].copy(), number, len(groups))
 
 
 def sum_losses(
