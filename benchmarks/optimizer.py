@@ -37,7 +37,6 @@ from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
 from epigram.optim.adamw import AdamWConfig
 from epigram.optim.average import Ema
-from epigram.optim.captured import CapturedUpdate
 from epigram.optim.gradients import LaneGradients, total_norm
 from epigram.optim.groups import OptimConfig
 from epigram.optim.muon import Muon, MuonConfig
@@ -173,20 +172,15 @@ def weights_alone(muon: Muon, multiplier: Tensor) -> None:
 
 def whole(bench: Bench, setup: Setup, kernels: list[str]) -> None:
     """Clipping, step and average, as the training loop calls them."""
-    for name in [*kernels, "captured"]:
-        named, optimizer = setup.optimizer(kernels[-1] if name == "captured" else name)
+    for name in kernels:
+        named, optimizer = setup.optimizer(name)
         average = Ema(named, 0.997)
         lanes = LaneGradients(named, clip="lane", max_norm=MAX_NORM, lane_weights=[1.0])
-        captured = CapturedUpdate(optimizer, average)
 
-        def step(captured=captured, lanes=lanes, optimizer=optimizer, average=average, name=name) -> None:
+        def step(lanes=lanes, optimizer=optimizer, average=average) -> None:
             lanes.add(0)
-            scale = lanes.finish().scale
-            if name == "captured":
-                captured(MULTIPLIER, MOMENTUM, scale)
-            else:
-                optimizer.step(MULTIPLIER, MOMENTUM, scale)
-                average.update()
+            optimizer.step(MULTIPLIER, MOMENTUM, lanes.finish().scale)
+            average.update()
 
         if setup.device.type == "cuda":
             step()
@@ -196,7 +190,7 @@ def whole(bench: Bench, setup: Setup, kernels: list[str]) -> None:
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        bench(f"everything, {name}", step, capture=name != "captured")
+        bench(f"everything, {name}", step)
     if setup.device.type == "cuda":
         print("  no step waited for the device (torch.cuda.set_sync_debug_mode)", flush=True)
 

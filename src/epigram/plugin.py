@@ -38,7 +38,8 @@ def load(package: str, name: str) -> ModuleType:
             f"{name!r} needs the library {error.name!r}, which is not installed: pip install {error.name}, "
             f"or choose another of {', '.join(names(package))}"
         ) from error
-    except (ImportError, OSError) as error:  # installed, but broken: built for another torch, say, or a part is missing
+    # Installed, but broken: built for another torch, say, or a part is missing.
+    except (ImportError, OSError, RuntimeError) as error:
         if (getattr(error, "name", None) or "").split(".")[0] == "epigram":
             raise
         raise UserError(

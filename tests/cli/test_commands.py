@@ -56,8 +56,8 @@ def assert_one_sentence(outcome: Outcome, *parts: str) -> None:
 
 def test_these_are_the_commands():
     assert {" ".join(words) for words, _ in COMMANDS} == {
-        "train", "export", "score", "generate", "data", "data build", "data check", "describe", "report", "bench",
-        "doctor",
+        "train", "export", "score", "generate", "data", "data build", "data check", "data fetch", "describe", "report",
+        "bench", "doctor",
     }  # fmt: skip
 
 

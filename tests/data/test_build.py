@@ -214,7 +214,7 @@ BROKEN = [
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', {}, r"line 2 has no field 'text'"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', {"field": "body"}, r"line 1 has no field 'body'"),
     ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, "no text to train on"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], {}, "cut short"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], {}, "cut short"),
     ("good.txt", b"good text. " * 2000, {"tokenizer_file": "broken.model"}, "no SentencePiece model"),
     ("good.txt", b"good text. " * 2000, {"tokenizer_file": "gone.model"}, "cannot be read"),
     ("good.txt", b"good text. " * 2000, {"vocab_size": 262}, "is too small for this text"),

@@ -20,8 +20,8 @@ from epigram.run.score import score_split
 METHOD = Method(name="blocks", seq_len=16, stride=16)
 
 
-def nll(inputs: torch.Tensor, targets: torch.Tensor, *, rope_len: int) -> torch.Tensor:
-    return torch.ones(targets.shape)
+def nll(inputs: torch.Tensor, targets: torch.Tensor, *, rope_len: int, last: int | None = None) -> torch.Tensor:
+    return torch.ones(targets.shape if last is None else (len(targets), last))
 
 
 @pytest.fixture

@@ -64,8 +64,7 @@ def _product_kernel(
     if KIND == "scaled" or KIND == "up":
         x *= tl.load(factor + rows, mask=inside, other=0.0)[:, None]
     if KIND == "up":
-        rounded = x.to(second.dtype.element_ty).to(tl.float32)
-        bent = tl.where(rounded > 0, rounded, slope * rounded)
+        bent = tl.where(x > 0, x, slope * x)
         tl.store(second + at, (bent * bent).to(second.dtype.element_ty), mask=mask)
     if KIND == "added" or KIND == "mixed":
         x += tl.load(c + at, mask=mask, other=0.0).to(tl.float32)
