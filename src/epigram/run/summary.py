@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from epigram.artifact.size import CapCheck
 from epigram.data.dataset import DataFolder
 from epigram.evaluation.compressors import MAX_PRIMER_BYTES, MAX_TEXT_BYTES, compare_compressors
 from epigram.run.record import RunRecord
@@ -23,11 +24,8 @@ def log_summary(record: RunRecord) -> None:
     record.log("")
     head = ("class", "method", "weights", "bits a weight", "error", "weighted error")
     _table(record, head, _classes(result))
-    share = 100 * result["total_bytes"] / result["cap_bytes"]
-    record.log(
-        f"artifact {result['artifact_bytes']:,} bytes + code {result['code_bytes']:,} = {result['total_bytes']:,}, "
-        f"{share:.1f} % of the cap of {result['cap_bytes']:,}"
-    )
+    sizes = CapCheck(**{key: result[key] for key in ("artifact_bytes", "code_bytes", "cap_bytes")})
+    record.log(f"{sizes}, {100 * sizes.total_bytes / result['cap_bytes']:.1f} % of it")
     if (over := result["over_model"]) is not None:
         bits = result["bits_per_weight"]
         record.log(f"codes: {bits:.4f} bits a weight, {100 * over:.3f} % above the entropy of the codec's own model")
