@@ -41,9 +41,9 @@ def compare_runs(
     mean of a published record, in nats a token; the runs are then also tested against the rule for records.
     Raises UserError for runs that are not finished, repeat a seed, or were scored on other text or in another way.
     """
-    ours, theirs = [_read(path) for path in runs], [_read(path) for path in against]
-    _require_comparable([*ours, *theirs])
-    mine, other = _by_seed(ours, metric), _by_seed(theirs, metric)
+    ours, theirs = [read_scored(path) for path in runs], [read_scored(path) for path in against]
+    require_comparable([*ours, *theirs])
+    mine, other = by_seed(ours, metric), by_seed(theirs, metric)
     model, method, *_ = ours[0].how
     found: dict[str, Any] = {"metric": metric, "scored": f"{model}, {method}", "sides": {"runs": _side(ours, metric)}}
     sentences, notes = [], _mixed("runs", ours) + _mixed("against", theirs)
@@ -66,7 +66,8 @@ def compare_runs(
     return {**found, "notes": notes, "sentence": " ".join(sentences)}
 
 
-def _read(path: Path) -> Scored:
+def read_scored(path: Path) -> Scored:
+    """The score that the run in this folder is known by. Raises UserError for one that is not finished."""
     run = read_run(path)
     best, seed = best_score(run), run.result.get("seed", run.config.get("seed"))
     if run.result.get("status") != "finished" or best is None:
@@ -85,7 +86,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.config.items() if key != "seed"}
 
 
-def _require_comparable(runs: Sequence[Scored]) -> None:
+def require_comparable(runs: Sequence[Scored]) -> None:
     """Raise UserError naming the first run whose score is of another kind than that of the first."""
     names = ("model", "method", *_HOW)
     for run in runs[1:]:
@@ -96,7 +97,8 @@ def _require_comparable(runs: Sequence[Scored]) -> None:
             )
 
 
-def _by_seed(runs: Sequence[Scored], metric: str) -> dict[int, float]:
+def by_seed(runs: Sequence[Scored], metric: str) -> dict[int, float]:
+    """Scores of one side. Raises UserError for a seed that comes twice."""
     found: dict[int, float] = {}
     for run in runs:
         if run.seed in found:

@@ -10,6 +10,7 @@ from typing import Any
 from epigram.config import Config, load_recipe, to_tree
 from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder
+from epigram.data.files import sha256_of
 from epigram.dist import collectives
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
@@ -171,6 +172,7 @@ def finish_run(
                 quantization=packed_file.report.to_dicts(),
                 shrink_factor=packed_file.factor,
                 artifact_bytes=report.total_bytes,
+                artifact_sha256=sha256_of(path),
                 code_bytes=config.artifact.code_bytes,
                 total_bytes=report.total_bytes + config.artifact.code_bytes,
                 cap_bytes=config.artifact.cap_bytes,

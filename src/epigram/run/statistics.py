@@ -88,7 +88,15 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float], margin: floa
     if ours.keys() == theirs.keys():
         gains = [theirs[seed] - ours[seed] for seed in sorted(ours)]
         return _test("paired", gain, margin, statistics.stdev(gains) / math.sqrt(len(gains)), len(gains) - 1)
-    parts = [(statistics.variance(side.values()) / len(side), len(side) - 1) for side in (ours, theirs)]
+    return welch(list(ours.values()), list(theirs.values()), margin)
+
+
+def welch(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Comparison:
+    """Scores as independent samples, each side with its own spread, whichever seeds they have."""
+    gain = statistics.fmean(theirs) - statistics.fmean(ours)
+    if min(len(ours), len(theirs)) < 2:
+        return Comparison(gain=gain, margin=margin, test=None, reason="one seed on a side has no spread")
+    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in (ours, theirs)]
     total = sum(variance for variance, _ in parts)
     # Welch and Satterthwaite: the degrees of freedom of a sum of two variances.
     df = total**2 / sum(variance**2 / degrees for variance, degrees in parts) if total else 0.0
