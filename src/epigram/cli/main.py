@@ -6,7 +6,7 @@ from types import FrameType
 
 import click
 
-from epigram.cli import bench, compare, data, describe, doctor, export, generate, report, score, submit, train
+from epigram.cli import bench, check, compare, data, describe, doctor, export, generate, report, score, submit, train
 from epigram.errors import UserError
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
@@ -25,7 +25,7 @@ def command() -> None:
     """
 
 
-for module in (train, export, score, generate, data, describe, compare, report, submit, bench, doctor):
+for module in (train, export, score, generate, data, describe, compare, report, submit, check, bench, doctor):
     command.add_command(module.command)
 
 

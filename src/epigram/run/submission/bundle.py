@@ -14,6 +14,7 @@ import base64
 import json
 import lzma
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def unpacked(script: str) -> dict[str, str] | None:
     return files
 
 
+@cache
 def stripped(text: str) -> str:
     """`text` without comments and docstrings; nothing else differs, which is checked on the syntax tree."""
     tree = ast.parse(text)

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -248,12 +248,3 @@ def _said(value: float | None, log: LogFacts, what: str) -> float:
     if value is None:
         raise UserError(f"{log.name} does not say {what}: the run was made by another release, train it again")
     return value
-
-
-def lists_seeds(found: Mapping[str, Any]) -> list[int]:
-    """Seeds that a submission.json claims: those of `seeds`, else the keys of `seed_results` that are numbers."""
-    named = found.get("seeds")
-    if isinstance(named, list) and all(isinstance(seed, int) for seed in named):
-        return named
-    rows = found.get("seed_results")
-    return [int(key) for key in rows if str(key).isdigit()] if isinstance(rows, dict) else []
