@@ -20,9 +20,9 @@ REPO, COMMIT = "someone/shards", "c0ffee" + 34 * "0"
 API_FAULTS = ("429", "500", "503", "reset", "not json")
 STORE_FAULTS = (
     "429", "500", "503", "reset", "cut", "short", "long", "flipped byte", "other range", "no ranges", "page", "stall",
-    "slow", "expired",
+    "slow", "expired", "endless",
 )  # fmt: skip
-ALTERING = {"short", "long", "flipped byte", "other range", "page"}  # bytes come that are not the file's
+ALTERING = {"short", "long", "flipped byte", "other range", "page", "endless"}  # bytes come that are not the file's
 
 
 class FakeHub:
@@ -39,6 +39,7 @@ class FakeHub:
         self.used: list[str] = []
         self.requests: list[str] = []
         self.wrong_hashes: set[str] = set()  # paths whose stated hash is a lie
+        self.stated: dict[str, str] = {}  # other hashes that the listing states
         self.stall_s = 1.0
         self._lock = threading.Lock()
 
@@ -76,7 +77,7 @@ class FakeHub:
         blob = hashlib.sha1(b"blob %d\0" % len(contents) + contents).hexdigest()
         entry: dict[str, Any] = {"type": "file", "oid": blob, "size": len(contents), "path": path}
         if Path(path).suffix != ".md":
-            entry["lfs"] = {"oid": self.sha256(path), "size": len(contents), "pointerSize": 134}
+            entry["lfs"] = {"oid": self.stated.get(path, self.sha256(path)), "size": len(contents), "pointerSize": 134}
         return entry
 
 
@@ -205,6 +206,16 @@ class _Store(_Handler):
                 return
         self.send(contents, first, end, bool(asked) and fault != "no ranges", fault)
 
+    def endless(self, body: bytes) -> None:
+        """A reply of no stated length that goes on until nobody listens."""
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        self.wfile.write(body)
+        for _ in range(10_000):  # 640 MB: far more than should be taken
+            self.wfile.write(bytes(1 << 16))
+
     def send(self, contents: bytes, first: int, end: int, ranged: bool, fault: str | None) -> None:
         body = contents[first:end]
         if fault == "flipped byte":
@@ -217,6 +228,9 @@ class _Store(_Handler):
             body = body[: len(body) // 2]
         elif fault == "long":
             body += b"more"
+        elif fault == "endless":
+            self.endless(body)
+            return
         self.send_response(206 if ranged else 200)
         if ranged:
             self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(contents)}")

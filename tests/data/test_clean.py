@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from epigram.data.build import Built, build
 from epigram.data.check import check
-from epigram.data.clean import Cleaner, Cleaning, HashSet, signature
+from epigram.data.clean import Cleaner, Cleaning, HashSet, num_bands, signature
 from epigram.data.dataset import open_data
 from epigram.data.tokenizer import Tokenizer
 from epigram.errors import UserError
@@ -74,15 +74,21 @@ def test_a_planted_validation_document_is_caught_without_being_asked(tmp_path: P
 def test_a_near_duplicate_is_caught_when_asked_for(tmp_path: Path, model: Path) -> None:
     documents = make_documents(20, seed=1)
     val, train = documents[12:], documents[:12]
-    close = [altered(val[0], 0.01, 1), val[1].upper() + "!", f"{val[2]} and a few more words"]
+    close = [
+        altered(val[0], 0.01, 1),
+        val[1].upper() + "!",
+        f"{val[2]} and a few more words",
+        val[6].replace(" ", "\n "),
+    ]
     far = [altered(val[3], 0.5, 2), val[4][: len(val[4]) // 4]]
-    texts = [*train[:5], *close, *far, *train[5:]]
+    texts = [*train[:5], *close, *far, *train[5:], val[5]]
     built = built_from(tmp_path, model, texts, val)
-    assert len(documents_of(built, "train")) == len(texts)  # not asked for: the words are not the same
+    assert documents_of(built, "train") == texts[:-1]  # not asked for: the words are not the same
     built = built_from(tmp_path, model, texts, val, dedup="near")
     assert documents_of(built, "train") == [*train[:5], *far, *train[5:]]
-    assert built.manifest.splits["train"].near_duplicates == 3
-    assert "train: 3 documents were left out, as val has nearly the same text" in built.notes
+    assert built.manifest.splits["train"].near_duplicates == 4
+    assert built.manifest.splits["train"].duplicates == 1  # the very text is told apart
+    assert "train: 4 documents were left out, as val has nearly the same text" in built.notes
     assert built.manifest.settings.near_threshold == 0.7
     assert check(built.path) == []
 
@@ -149,6 +155,34 @@ def test_signatures_estimate_the_share_of_common_word_sequences() -> None:
 def test_a_text_is_near_itself_whatever_its_length() -> None:
     for text in ("", "one", "one two three", ENGLISH):
         assert Cleaner(Cleaning(dedup="near"), [signature(text)]).is_near(text)
+
+
+def test_texts_without_words_are_like_themselves_alone() -> None:
+    near = Cleaner(Cleaning(dedup="near"), [signature("!!!"), signature("- - -")])
+    assert near.is_near("!!!") and near.is_near("- - -")
+    assert not near.is_near("???") and not near.is_near("\n")
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.7, 0.9])
+def test_what_the_signatures_call_near_is_found(threshold: float) -> None:
+    """Whatever the threshold: the candidates must not be fewer than what is compared."""
+    draw = random.Random(int(100 * threshold))
+    near = found = 0
+    for _ in range(100):
+        words = [f"w{draw.randrange(3000)}" for _ in range(200)]
+        share = min(threshold + 0.05, 0.99)
+        kept = int(200 * 2 * share / (1 + share))  # so that the share of common sequences is about `share`
+        first, second = " ".join(words), " ".join([*words[:kept], *(f"w{draw.randrange(3000)}" for _ in words[kept:])])
+        near += signature(first).jaccard(signature(second)) >= threshold
+        found += Cleaner(Cleaning(dedup="near", near_threshold=threshold), [signature(first)]).is_near(second)
+    assert near > 70 and found >= 0.97 * near
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.4, 0.64, 0.65, 0.7, 1.0])
+def test_bands_divide_the_signature_and_miss_little(threshold: float) -> None:
+    bands = num_bands(threshold)
+    assert 128 % bands == 0
+    assert (1 - threshold ** (128 // bands)) ** bands < 0.01
 
 
 @given(st.lists(st.lists(st.integers(0, 12), max_size=8), max_size=8), st.integers(1, 6))

@@ -21,6 +21,7 @@ from epigram.data import published
 from epigram.data.check import check
 from epigram.data.dataset import open_data
 from epigram.data.fetch import fetch
+from epigram.data.files import held_alone
 from epigram.data.hub import Hub
 from epigram.data.published import PUBLISHED, Published
 from epigram.data.shards import header_bytes
@@ -148,12 +149,22 @@ def test_a_broken_stream_goes_on_where_it_ended(tmp_path: Path, hub: FakeHub) ->
     assert len(starts) == 2 and 4096 <= starts[0] < starts[1]
 
 
-@pytest.mark.parametrize("fault", ["500", *sorted(ALTERING - {"short", "long"})])
+@pytest.mark.parametrize("fault", ["500", *sorted(ALTERING - {"short", "long", "endless"})])
 def test_a_hub_that_never_gives_the_file_is_a_clear_error(tmp_path: Path, hub: FakeHub, fault: str) -> None:
     hub.store_faults.extend([fault] * 1000)
     with pytest.raises(DataError, match=r"wrong contents|does not give"):
         bring(hub, tmp_path / "out", parallel=1)
     assert not [name for name in listing(tmp_path) if not name.endswith(".partial")]
+
+
+def test_waiting_for_the_hub_is_not_silent(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("epigram.data.hub._TOLD_S", 0.0)
+    hub.api_faults.extend(["503"] * 5)
+    bring(hub, tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "asking again in 0 s" in line]
+    assert lines and all("the hub does not give someone/shards now (" in line and "503" in line for line in lines)
 
 
 def test_a_hash_that_no_file_has_is_a_clear_error(tmp_path: Path, hub: FakeHub) -> None:
@@ -235,9 +246,9 @@ def test_without_the_hub_a_complete_folder_will_do(
     bring(hub, tmp_path / "out", shards=2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert bring(hub, tmp_path / "out", shards=2).notes == (
-        "the hub was not asked; every file is what was fetched before",
-    )
+    (note,) = bring(hub, tmp_path / "out", shards=2).notes
+    assert note.startswith("every file is what was fetched before; the hub has not confirmed it (")
+    assert "HF_HUB_OFFLINE" in note
     assert hub.requests == []
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         bring(hub, tmp_path / "out", shards=3)
@@ -288,8 +299,7 @@ def test_another_validation_split_is_an_error_or_a_choice(
     out = tmp_path / "out"
     with pytest.raises(DataError, match="of tiny has 9,000 tokens, and this one has 4,000.*--allow-other-validation"):
         bring(hub, out)
-    with pytest.raises(DataError, match="Scores on it could not be compared"):
-        open_data(out)  # all files are there, and still it does not pass for the real one
+    assert not out.exists()  # what is listed says enough
     result = bring(hub, out, allow_other_validation=True)
     assert "every score will say: NOT the published one" in result.notes[0]
     assert open_data(out).validation.text.startswith("NOT the published one, allowed by choice: the validation split")
@@ -299,11 +309,73 @@ def test_another_validation_split_is_an_error_or_a_choice(
 
 
 def test_a_validation_split_that_changes_behind_its_name(tmp_path: Path, hub: FakeHub, files: dict[str, bytes]) -> None:
-    """The count alone would not tell: the hash of the first fetch does."""
+    """The count alone would not tell: the hash of the first fetch does. The one that is here stays."""
     bring(hub, tmp_path / "out")
+    before = dict(files)
     files[VAL] = shard(9_000, 98)
     with pytest.raises(DataError, match="had other contents when it was fetched"):
         bring(hub, tmp_path / "out")
+    assert_right(tmp_path / "out", before)
+
+
+def test_fewer_shards_than_lie_there(tmp_path: Path, hub: FakeHub, files: dict[str, bytes]) -> None:
+    """Whoever opens the folder reads all of them, so the record keeps them, or they are an error."""
+    bring(hub, tmp_path / "out", shards=3)
+    assert sorted(bring(hub, tmp_path / "out", shards=1).fetched.files) == sorted(
+        [*(f"fineweb_train_00000{i}.bin" for i in range(3)), "fineweb_val_000000.bin", "tiny.model"]
+    )
+    assert_right(tmp_path / "out", files, 3)
+    files[f"{FOLDER}/fineweb_train_000002.bin"] = shard(20_000, 5)
+    with pytest.raises(DataError, match=r"out holds fineweb_train_000002.bin, not as the hub has it now"):
+        bring(hub, tmp_path / "out", shards=1)
+    bring(hub, tmp_path / "out", shards=3)
+    assert_right(tmp_path / "out", files, 3)
+
+
+def test_a_validation_shard_too_many(tmp_path: Path, hub: FakeHub) -> None:
+    bring(hub, tmp_path / "out")
+    (tmp_path / "out" / "fineweb_val_000001.bin").write_bytes(shard(100, 8))
+    with pytest.raises(DataError, match=r"out holds fineweb_val_000001.bin, not as the hub has it now"):
+        bring(hub, tmp_path / "out")
+
+
+def test_shards_that_the_hub_has_twice(tmp_path: Path, hub: FakeHub, files: dict[str, bytes]) -> None:
+    first, second = (f"{FOLDER}/fineweb_train_00000{i}.bin" for i in range(2))
+    right = files[second]
+    for twin in (first, VAL):
+        files[second] = files[twin]
+        with pytest.raises(DataError, match=r"fineweb_train_000001.bin of someone/shards have the same contents"):
+            bring(hub, tmp_path / "out")
+    files[second] = right
+    files["older/fineweb10B_tiny/fineweb_train_000000.bin"] = shard(20_000, 50)
+    with pytest.raises(DataError, match=r"has datasets/.* and older/fineweb10B_tiny/.*, one of which is wrong"):
+        bring(hub, tmp_path / "out")
+    assert listing(tmp_path) == {}
+
+
+def test_two_at_a_time_do_not_share_a_folder(tmp_path: Path, hub: FakeHub, files: dict[str, bytes]) -> None:
+    """A file that one has verified must not be written to by the other, which had it open as a part."""
+    (tmp_path / "out").mkdir()
+    with held_alone(tmp_path / "out"), pytest.raises(UserError, match="another process is filling .*out: wait"):
+        bring(hub, tmp_path / "out")
+    bring(hub, tmp_path / "out")
+    assert_right(tmp_path / "out", files)
+
+
+@pytest.mark.parametrize("stated", ["../../../etc/evil", "", "0" * 10])
+def test_a_listing_without_a_hash_is_refused(tmp_path: Path, hub: FakeHub, stated: str) -> None:
+    hub.stated[VAL] = stated
+    with pytest.raises(DataError, match="states no hash of .*fineweb_val_000000.bin"):
+        bring(hub, tmp_path / "out")
+    assert listing(tmp_path) == {}
+
+
+def test_names_in_the_listing_stay_inside_the_folder(tmp_path: Path, hub: FakeHub, files: dict[str, bytes]) -> None:
+    files[f"../../{FOLDER}/../fineweb10B_tiny/x/../../fineweb_train_000009.bin"] = shard(20_000, 9)
+    files["/etc/fineweb10B_tiny/../tiny.model.bin"] = b"x"
+    bring(hub, tmp_path / "deep" / "out")
+    assert_right(tmp_path / "deep" / "out", files)
+    assert {name.split("/")[1] for name in listing(tmp_path)} == {"out"}
 
 
 def test_a_folder_brought_by_hand_is_held_against_the_table(

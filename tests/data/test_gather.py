@@ -1,10 +1,12 @@
 """Which files are read, by which source, for which split."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from epigram.data.gather import BY_HASH, gather
+from epigram.data.tokenizer import Tokenizer
 from epigram.errors import DataError, UserError
 
 
@@ -103,3 +105,25 @@ def test_content_hash_follows_the_text_not_the_place(folder, tmp_path: Path) -> 
     assert gather([tmp_path / "moved"]).content_hash() == before
     (tmp_path / "moved" / "a.txt").write_text("other")
     assert gather([tmp_path / "moved"]).content_hash() != before
+
+
+def test_names_that_are_no_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """What a disk allows as a name must not end a long build when its manifest is written."""
+    from epigram.data.build import build
+    from epigram.data.check import check
+
+    (tmp_path / "given.model").write_bytes(tokenizer.proto)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [b"a b.jsonl", b"new\nline.jsonl", b"\xff\xfe.jsonl", b"-dash.jsonl", b"[bold]x.jsonl", b"\xff.txt"]
+    try:
+        for number, name in enumerate(names):
+            Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(f'{{"text": "kalo mi {number}"}}\n')
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    built = build([folder], tmp_path / "out", tokenizer_file=tmp_path / "given.model")
+    assert {source.file for source in built.manifest.sources} == {
+        "a b.jsonl", "new\nline.jsonl", r"\xff\xfe.jsonl", "-dash.jsonl", "[bold]x.jsonl"
+    }  # fmt: skip
+    assert built.notes[0] == r"left out, as the folder holds records: \xff.txt"
+    assert check(built.path) == []

@@ -11,6 +11,7 @@ from data_helpers import listing, make_documents
 from fake_hub import ALTERING, REPO, FakeHub
 
 from epigram.data.build import build
+from epigram.data.files import held_alone
 from epigram.data.tokenizer import Tokenizer
 from epigram.errors import DataError, UserError
 
@@ -95,6 +96,33 @@ def test_files_are_fetched_one_ahead_and_removed(tmp_path: Path, hub: FakeHub, m
     assert sorted(fetched) == [f"GET sample/{i:03d}.parquet" for i in range(FILES)]  # each once
 
 
+def test_a_spool_of_another_commit_is_not_used(tmp_path: Path, local: Path, hub: FakeHub) -> None:
+    """What a build left is verified, but the file of that name may have changed since."""
+    with pytest.raises(DataError, match="no column 'body'"):
+        build_remote(hub, tmp_path, field="body")
+    assert list((tmp_path / ".out.spool").glob("*-000.parquet"))
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": make_documents(15, seed=77)})
+    pyarrow.parquet.write_table(table, local / "000.parquet", row_group_size=7)
+    hub.files["sample/000.parquet"] = (local / "000.parquet").read_bytes()
+    given = {"tokenizer_file": tmp_path / "given.model", "shard_tokens": 3000}
+    assert contents(build_remote(hub, tmp_path)) == contents(build([local], tmp_path / "same", **given).path)
+
+
+def test_a_very_long_name(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files[f"long/{'x' * 240}.parquet"] = hub.files["sample/000.parquet"]
+    out = build_remote(hub, tmp_path, f"hf://{REPO}/long")
+    assert json.loads((out / "manifest.json").read_text())["sources"][0]["documents"] == 15
+
+
+def test_two_builds_do_not_share_a_spool(tmp_path: Path, hub: FakeHub) -> None:
+    (tmp_path / ".out.spool").mkdir()
+    with held_alone(tmp_path / ".out.spool"), pytest.raises(UserError, match=r"another process is filling .*\.spool"):
+        build_remote(hub, tmp_path)
+    build_remote(hub, tmp_path)
+
+
 def test_revisions_and_folders(tmp_path: Path, hub: FakeHub) -> None:
     build_remote(hub, tmp_path, f"hf://datasets/{REPO}@main/sample/000.parquet")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"][0]["documents"] == 15
@@ -114,7 +142,7 @@ def test_a_full_disk_is_seen_first(tmp_path: Path, hub: FakeHub, monkeypatch: py
     assert not [line for line in hub.requests if line.startswith("GET sample/")]
 
 
-@pytest.mark.parametrize("fault", sorted(ALTERING - {"short", "long"}))
+@pytest.mark.parametrize("fault", sorted(ALTERING - {"short", "long", "endless"}))
 def test_a_connection_that_alters_files_is_an_error(tmp_path: Path, hub: FakeHub, fault: str) -> None:
     hub.store_faults.extend([fault] * 100)
     with pytest.raises(DataError, match="came 3 times with wrong contents"):

@@ -1,5 +1,7 @@
 """Every transform of the folder: it inverts on any string, and its byte counts are those of the text."""
 
+import itertools
+
 import numpy as np
 import pytest
 from data_helpers import make_documents, train_with
@@ -16,6 +18,8 @@ TEXTS = st.one_of(
     st.text(st.sampled_from("abAB .1éÀ日" + caseops.MARKS), max_size=40),
 )
 
+_UNEQUAL = "aBßẞ\u0130\u0131\u017f\u01c5\u212a\u0301"  # letters whose small and capital forms are no pairs
+
 
 @pytest.mark.parametrize("name", NAMES)
 @given(text=TEXTS)
@@ -25,6 +29,34 @@ def test_it_inverts(name: str, text: str) -> None:
     assert transform.decode(transformed) == text
     silent = transform.silent(transformed.encode())
     assert len(silent) - int(silent.sum()) == len(text.encode())  # what is heard is the text, byte for byte
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=st.text(st.one_of(st.characters(), st.characters(categories=["Cs"]), st.sampled_from(_UNEQUAL))))
+def test_it_inverts_what_is_no_unicode_too(name: str, text: str) -> None:
+    transform = base.load(name)
+    assert transform.decode(transform.encode(text)) == text  # half surrogate pairs, letters of unequal case mappings
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("unit", ["acgt", "ACGT", "aB", caseops.ESCAPE])
+def test_a_long_run_takes_linear_time(name: str, unit: str) -> None:
+    text = unit * (400_000 // len(unit))  # in quadratic time this would be hours
+    transform = base.load(name)
+    transformed = transform.encode(text)
+    assert transform.decode(transformed) == text
+    assert int((~transform.silent(transformed.encode())).sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_pieces_are_decoded_like_the_whole(name: str, text: str, cuts: list[int]) -> None:
+    """Of any text, such as a model may write: not only of what `encode` gives."""
+    transform = base.load(name)
+    for whole in (text, transform.encode(text)):
+        decoder, places = transform.Decoder(), [0, *sorted(cuts), len(whole) + 40]
+        pieces = [decoder.feed(whole[start:end]) for start, end in itertools.pairwise(places)]
+        assert "".join(pieces) + decoder.finish() == transform.decode(whole)
 
 
 @given(text=TEXTS)

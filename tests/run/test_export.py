@@ -82,11 +82,11 @@ def test_scores_come_from_the_file(finished: Path, tmp_path: Path, monkeypatch):
     """What is changed between quantizing and reading back shows in the scores of the file, and only there."""
     real = fit.pack
 
-    def pack_without_embedding(path, config, stored, tokenizer, provenance):
+    def pack_without_embedding(path, config, stored, *rest):
         table = stored["embed"]
         assert isinstance(table, QuantizedTensor)
         blank = {**stored, "embed": replace(table, codes=torch.zeros_like(table.codes))}
-        return real(path, config, blank, tokenizer, provenance)
+        return real(path, config, blank, *rest)
 
     monkeypatch.setattr(fit, "pack", pack_without_embedding)
     scores = export_run(finished, tmp_path / "out")["scores"]

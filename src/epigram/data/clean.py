@@ -18,7 +18,8 @@ EMPTY, SHORT, LANGUAGE, NEAR = range(1, len(DROPPED) + 1)
 DEDUP = ("none", "exact", "near")
 _SHINGLE_WORDS = 5
 _WORDS = re.compile(r"\w+")
-_PERMUTATIONS, _BANDS = 128, 32
+_PERMUTATIONS = 128
+_LOW_THRESHOLD = 0.65  # below it, bands of four would miss documents that are near
 _SEED = 1
 _LANGUAGE_CHARS = 2000  # of a document that are looked at: more costs time and hardly changes the answer
 _RECENT = 1 << 20
@@ -63,7 +64,9 @@ class Cleaner:
         self._near: list[Any] = list(near)
         self._index: Any = None
         if self._near:
-            self._index = rensa().RMinHashLSH(cleaning.near_threshold, _PERMUTATIONS, _BANDS)
+            self._index = rensa().RMinHashLSH(
+                cleaning.near_threshold, _PERMUTATIONS, num_bands(cleaning.near_threshold)
+            )
             for key, signature in enumerate(self._near):
                 self._index.insert(key, signature)
 
@@ -86,9 +89,16 @@ class Cleaner:
         return any(self._near[key].jaccard(own) >= threshold for key in self._index.query(own))
 
 
+def num_bands(threshold: float) -> int:
+    """Bands of the signature, of which one in common makes a candidate: so many that of the documents at `threshold`
+    one in a hundred is missed at most, 1 - (1 - threshold^rows)^bands being the chance of a candidate.
+    """
+    return 64 if threshold < _LOW_THRESHOLD else 32
+
+
 def signature(text: str) -> Any:
     """MinHash of the five-word sequences of a text, letter case and punctuation left aside."""
-    words = _WORDS.findall(text.lower())
+    words = _WORDS.findall(text.lower()) or [text]  # what has no words is like itself alone
     count = max(len(words) - _SHINGLE_WORDS + 1, 1)
     shingles = {" ".join(words[start : start + _SHINGLE_WORDS]) for start in range(count)}
     minhash = rensa().RMinHash(_PERMUTATIONS, _SEED)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.data.clean import Cleaning, HashSet, is_member, signature
+from epigram.data.clean import NEAR, Cleaning, HashSet, is_member, signature
 from epigram.data.encode import EncodedBatch, EncodeJob, encode_all
 from epigram.data.gather import BY_HASH, SourceFile
 from epigram.data.journal import Entry, Journal, read_entry
@@ -136,7 +136,7 @@ class Encoding:
             self._in_val = np.unique(writers["val"].hashes_so_far())
         known = np.zeros(len(kept), np.bool_)
         if self._in_val is not None:
-            known = ~batch.is_val & kept & is_member(whole, self._in_val)
+            known = ~batch.is_val & (kept | (batch.reasons == NEAR)) & is_member(whole, self._in_val)
         self._duplicates += int(np.count_nonzero(known))
         repeated = np.zeros(len(kept), np.bool_)
         if self._plan.cleaning.dedup != "none":

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from epigram.data.files import sha256_of
+from epigram.data.files import held_alone, sha256_of
 from epigram.data.hub import Hub, HubFile, mismatch, partial_path
 from epigram.data.published import Published, variant
-from epigram.data.shards import SHARD_TOKENS, open_shard
+from epigram.data.shards import HEADER_BYTES, SHARD_TOKENS, TOKEN_BYTES, open_shard
 from epigram.data.validation import Fetched, FetchedFile, Validation, look_at, read_fetched, write_fetched
 from epigram.errors import DataError, UserError
 from epigram.progress import Progress
@@ -66,29 +66,29 @@ def fetch(
     hub = Hub(endpoint, wait_s)
     try:
         listed = hub.list_files(wanted.repo, revision)
-    except UserError:
+    except UserError as error:
         if record is None or record.commit is None or revision is not None or _count(record) < (shards or 1):
             raise
-        listed = []
-    if not listed:
-        return _without_hub(out, record, wanted, shards)  # type: ignore[arg-type]
-    files, count = _choose(listed, wanted, shards)
+        return _without_hub(out, record, wanted, shards, str(error))
+    files, others = _choose(listed, wanted, shards)
+    _check_listed(files, wanted, record, allow_other_validation)
     out.mkdir(parents=True, exist_ok=True)
-    todo = [file for file in files if not _is_here(out, file, record)]
-    _check_disk(out, todo)
-    _bring(hub, todo, out, wanted, parallel)
-    entries = {file.name: _entry(out / file.name, file) for file in files}
-    older = record.files if record and record.commit == files[0].commit else {}
-    validation = _validation(out, wanted, files, record, allow_other_validation)
-    fetched = Fetched(
-        name=wanted.name,
-        repo=wanted.repo,
-        commit=files[0].commit,
-        files=dict(sorted({**older, **entries}.items())),
-        validation=validation,
-    )
-    write_fetched(out, fetched)
-    return Result(path=out, fetched=fetched, notes=tuple(_notes(validation, wanted, shards, count)))
+    with held_alone(out):
+        kept = _kept(out, files, others, record)
+        todo = [file for file in files if not _is_here(out, file, record)]
+        _check_disk(out, todo)
+        _bring(hub, todo, out, wanted, parallel)
+        entries = {file.name: _entry(out / file.name, file) for file in [*files, *kept]}
+        validation = _validation(out, wanted, files, record, allow_other_validation)
+        fetched = Fetched(
+            name=wanted.name,
+            repo=wanted.repo,
+            commit=files[0].commit,
+            files=dict(sorted(entries.items())),
+            validation=validation,
+        )
+        write_fetched(out, fetched)
+    return Result(path=out, fetched=fetched, notes=tuple(_notes(validation, wanted, shards, _count(fetched))))
 
 
 def _notes(validation: Validation, wanted: Published, shards: int | None, count: int) -> list[str]:
@@ -114,13 +114,15 @@ def _check_place(out: Path, wanted: Published) -> Fetched | None:
     return record
 
 
-def _choose(files: list[HubFile], wanted: Published, shards: int | None) -> tuple[list[HubFile], int]:
-    """The files of the variant, tokenizer and validation first, and the number of training shards among them."""
+def _choose(files: list[HubFile], wanted: Published, shards: int | None) -> tuple[list[HubFile], list[HubFile]]:
+    """The files of the variant, tokenizer and validation first, and the training shards that are not asked for."""
     found: dict[str, dict[int, HubFile]] = {"train": {}, "val": {}}
     tokenizers = [file for file in files if file.name == wanted.tokenizer]
     for file in files:
         match = _SHARD.fullmatch(file.name)
         if match and file.path.split("/")[-2:-1] == [wanted.folder]:
+            if twin := found[match[1]].get(int(match[2])):
+                raise DataError(f"{wanted.repo} has {twin.path} and {file.path}, one of which is wrong: tell its owner")
             found[match[1]][int(match[2])] = file
     if not found["val"] or not found["train"] or not tokenizers:
         folders = sorted({file.path.rpartition("/")[0] for file in files if _SHARD.fullmatch(file.name)})
@@ -132,14 +134,39 @@ def _choose(files: list[HubFile], wanted: Published, shards: int | None) -> tupl
     for split, numbered in found.items():
         if sorted(numbered) != list(range(len(numbered))):
             raise DataError(f"{wanted.repo} has gaps in the {split} shards of {wanted.folder}: tell its owner")
-    available = len(found["train"])
-    if shards is not None and shards > available:
-        raise UserError(f"{wanted.name} has {available} training shards, not {shards}: ask for fewer")
-    count = shards or min(available, wanted.train_shards)
-    in_order = [
-        found[split][index] for split, n in (("val", len(found["val"])), ("train", count)) for index in range(n)
-    ]
-    return [tokenizers[0], *in_order], count
+    val, train = ([found[split][index] for index in sorted(found[split])] for split in ("val", "train"))
+    if shards is not None and shards > len(train):
+        raise UserError(f"{wanted.name} has {len(train)} training shards, not {shards}: ask for fewer")
+    count = shards or min(len(train), wanted.train_shards)
+    return [tokenizers[0], *val, *train[:count]], train[count:]
+
+
+def _check_listed(files: list[HubFile], wanted: Published, record: Fetched | None, allowed: bool) -> None:
+    """DataError for what the hub's own listing shows to be wrong, before anything is downloaded or replaced."""
+    met: dict[str | None, HubFile] = {}
+    for file in files:
+        if twin := met.get(file.sha256 or file.blob_id):
+            raise DataError(f"{twin.path} and {file.name} of {file.repo} have the same contents: tell its owner")
+        met[file.sha256 or file.blob_id] = file
+    val = [file for file in files if file.name.startswith("fineweb_val")]
+    problem = wanted.problem(sum((file.num_bytes - HEADER_BYTES) // TOKEN_BYTES for file in val))
+    pinned = record.validation if record and record.validation.problem is None else None
+    if problem is None and pinned is not None and all(file.sha256 for file in val):
+        problem = pinned.differs(wanted, tuple(str(file.sha256) for file in val))
+    _refuse_validation(problem, wanted, allowed)
+
+
+def _kept(out: Path, files: list[HubFile], others: list[HubFile], record: Fetched | None) -> list[HubFile]:
+    """Training shards that lie in the folder beyond those asked for; DataError for one that the hub does not have."""
+    asked, further = {file.name for file in files}, {file.name: file for file in others}
+    lying = [path for path in sorted(out.iterdir()) if _SHARD.fullmatch(path.name) and path.name not in asked]
+    strange = [p.name for p in lying if p.name not in further or not _is_here(out, further[p.name], record)]
+    if strange:
+        raise DataError(
+            f"{out} holds {', '.join(strange[:3])}{' and others' * (len(strange) > 3)}, not as the hub has it now, and "
+            "whoever uses the folder would read it: remove it, fetch as many shards anew, or fetch to another folder"
+        )
+    return [further[path.name] for path in lying]
 
 
 def _count(record: Fetched) -> int:
@@ -235,21 +262,25 @@ def _validation(
     """The validation split that was fetched; DataError when it is not the published one and may not be another."""
     shards = [open_shard(out / file.name, "val") for file in files if file.name.startswith("fineweb_val")]
     found = look_at(wanted, shards, record.validation if record else None)
-    if found.problem is None or allowed:
-        return found
-    raise DataError(
-        f"{found.problem}: what {wanted.repo} has now is not the canonical split, and scores on it could not be "
-        "compared with any other; fetch again with --allow-other-validation if it is meant"
-    )
+    _refuse_validation(found.problem, wanted, allowed)
+    return found
 
 
-def _without_hub(out: Path, record: Fetched, wanted: Published, shards: int | None) -> Result:
-    """Accept a folder as it is, each file verified against the record."""
+def _refuse_validation(problem: str | None, wanted: Published, allowed: bool) -> None:
+    if problem is not None and not allowed:
+        raise DataError(
+            f"{problem}: what {wanted.repo} has now is not the canonical split, and scores on it could not be "
+            "compared with any other; fetch again with --allow-other-validation if it is meant"
+        )
+
+
+def _without_hub(out: Path, record: Fetched, wanted: Published, shards: int | None, why: str) -> Result:
+    """Accept a folder as it is, each file verified against the record. why: the hub is not asked."""
     for name, known in record.files.items():
         path = out / name
         if not path.is_file() or path.stat().st_size != known.bytes or sha256_of(path) != known.sha256:
             raise DataError(
                 f"{path} is not the file that was fetched, and the hub cannot be asked: fetch again with a connection"
             )
-    notes = ["the hub was not asked; every file is what was fetched before"]
+    notes = [f"every file is what was fetched before; the hub has not confirmed it ({why})"]
     return Result(path=out, fetched=record, notes=tuple(notes + _notes(record.validation, wanted, shards or 1, 0)))

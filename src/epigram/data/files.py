@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.errors import DataError
+from epigram.errors import DataError, UserError
 
 
 @contextlib.contextmanager
@@ -106,6 +107,29 @@ def full_disk_explained(path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(f"the disk of {path.parent} is full: free some space, or write to another disk") from error
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from filling `folder` at the same time: what one has verified, another could write into.
+
+    UserError when one is at it. Nothing is kept off where folders cannot be locked.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is filling {folder}: wait until it is done") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ from epigram.progress import Progress
 _WORDS = re.compile(r"[^a-z]+")
 _NAMES = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test"}}
 _REMOTE = re.compile(r"hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?")
+_SPOOL_CHARS = 40  # of a name on the hub, at most 4 bytes each, that its name on this disk ends with
 BY_HASH = "by hash"
 
 
@@ -135,7 +136,7 @@ def _expand(source: str | Path, exclude: Path | None, notes: list[str], hub: Cal
         return _walk(source, exclude, notes)
     if kind != "stdlib" and not source.is_file():
         raise UserError(f"there is no file or folder {source}: check the path")
-    return [SourceFile(path=source, kind=kind, split=BY_HASH, whole=False, name=source.name)]
+    return [SourceFile(path=source, kind=kind, split=BY_HASH, whole=False, name=_readable(source.name))]
 
 
 def is_remote(source: str | Path) -> bool:
@@ -157,7 +158,7 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
         raise DataError(f"{source} holds no .parquet or .jsonl files: name another folder of the dataset")
     return [
         SourceFile(
-            path=Path(hashlib.sha256(f"{repo} {file.path}".encode()).hexdigest()[:16] + "-" + file.name),
+            path=_spool_name(file),
             kind=kinds[file.path],
             split=BY_HASH,
             whole=False,
@@ -166,6 +167,12 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
         )
         for file in sorted(records, key=lambda file: file.path)
     ]
+
+
+def _spool_name(file: HubFile) -> Path:
+    """A name on this disk: another one for each file and each of its versions, ending like the file's own."""
+    facts = f"{file.repo} {file.path} {file.sha256 or file.blob_id}"
+    return Path(f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}-{file.name[-_SPOOL_CHARS:]}")
 
 
 def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFile]:
@@ -193,7 +200,7 @@ def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFi
             kind=kinds[path],
             split=BY_HASH,
             whole=kinds[path] == base.FALLBACK,
-            name=path.relative_to(folder).as_posix(),
+            name=_readable(path.relative_to(folder).as_posix()),
         )
         for path in records or found
     ]
@@ -226,9 +233,14 @@ def _named_split(name: str) -> str | None:
 
 
 def _note(what: str, folder: Path | None, paths: list[Path]) -> str:
-    names = [str(path.relative_to(folder)) if folder else path.name for path in paths]
+    names = [_readable(str(path.relative_to(folder)) if folder else path.name) for path in paths]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what}: {', '.join(names[:3])}{more}"
+
+
+def _readable(name: str) -> str:
+    """The name of a file for people and manifests: bytes that are no UTF-8, which a disk allows, as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _identity(file: SourceFile) -> tuple[str, Path]:

@@ -11,6 +11,8 @@ import glob
 import hashlib
 import os
 import random
+import re
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +24,13 @@ from epigram.errors import DataError, UserError
 
 ATTEMPTS = 8  # without a byte of progress, each after a longer wait: four minutes together
 _LONGEST_WAIT_S = 60.0
+_TOLD_S = 2.0  # a wait that is worth a line
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may pass
 _LOCAL = {  # errors of this machine's disk
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
 }
+_HEX = re.compile(r"[0-9a-f]{40,64}")  # what hashes look like, parts of which become names on this disk
+_EXTRA_BYTES = 1 << 20  # that may come beyond the end of a file before the connection is given up
 _BAD_COPIES = 3  # of a file, whole but with another hash, before the server is given up
 
 
@@ -85,6 +90,8 @@ class Hub:
             if (size := getattr(entry, "size", None)) is not None:
                 sha256 = entry.lfs.sha256 if entry.lfs else None
                 blob_id = None if entry.lfs else entry.blob_id
+                if not _HEX.fullmatch(sha256 or blob_id or ""):
+                    raise DataError(f"the hub states no hash of {entry.path} in {repo}: check HF_ENDPOINT")
                 files.append(
                     HubFile(repo=repo, commit=commit, path=entry.path, num_bytes=size, sha256=sha256, blob_id=blob_id)
                 )
@@ -147,7 +154,7 @@ class Hub:
                     return
                 http_get(
                     url,
-                    _Watched(out, self._told(progress)),  # type: ignore[arg-type]
+                    _Watched(out, self._told(progress), file.num_bytes + _EXTRA_BYTES),  # type: ignore[arg-type]
                     resume_size=have,
                     headers=dict(headers),
                     expected_size=file.num_bytes,
@@ -174,12 +181,17 @@ class Hub:
                     if (explained := _explained(error, what)) is error:
                         raise
                     raise explained from error
+                told = error
                 failures, before = (0, size()) if size() > before else (failures + 1, before)
                 if failures >= ATTEMPTS:
                     raise DataError(
                         f"the hub does not give {what} ({_first_line(error)}): try again later, what arrived is kept"
                     ) from error
-            if self._stopped.wait(min(self._wait_s * 2**failures, _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)):
+            wait_s = min(self._wait_s * 2**failures, _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+            if wait_s >= _TOLD_S:
+                why = f"the hub does not give {what} now ({_first_line(told)})"
+                print(f"{why}: asking again in {wait_s:.0f} s", file=sys.stderr, flush=True)
+            if self._stopped.wait(wait_s):
                 raise DataError("the download was stopped")
 
 
@@ -189,12 +201,15 @@ def partial_path(to: Path, file: HubFile) -> Path:
 
 
 class _Watched:
-    """A binary file that tells how many bytes were written, and takes back those that are cut off."""
+    """A binary file that tells how many bytes were written, and takes back those that are cut off. OSError for bytes
+    beyond `most`: a reply without end would fill the disk."""
 
-    def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
-        self._file, self._progress = file, progress
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None], most: int) -> None:
+        self._file, self._progress, self._most = file, progress, most
 
     def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._most:
+            raise OSError("more bytes came than the file has")
         self._progress(len(data))
         written = self._file.write(data)
         self._file.flush()  # so that a process that is killed has lost nothing

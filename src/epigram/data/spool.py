@@ -5,9 +5,11 @@ before a document is read.
 """
 
 import concurrent.futures
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from epigram.data.files import held_alone
 from epigram.data.gather import SourceFile
 from epigram.data.hub import Hub
 from epigram.progress import Progress
@@ -18,7 +20,7 @@ FILES_AT_A_TIME = 2 + _AHEAD  # on the disk: one may be done and not removed yet
 
 class Spool:
     """Gives remote files a place under `folder` while they are read. A context manager: the end removes nothing that a
-    resumed build could use.
+    resumed build could use. UserError on entering while another build uses the folder.
     """
 
     def __init__(self, hub: Hub | None, files: Sequence[SourceFile], folder: Path) -> None:
@@ -26,15 +28,28 @@ class Spool:
         self._remote = [file for file in files if file.remote is not None]
         self._running: dict[Path, concurrent.futures.Future[None]] = {}
         self._arrived: dict[Path, int] = {}  # bytes of what is being fetched
+        self._held = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1 + _AHEAD, thread_name_prefix="spool")
 
     def __enter__(self) -> "Spool":
+        if self._remote:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(held_alone(self._folder))
+            self._remove_stale()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._hub is not None:
             self._hub.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._held.close()
+
+    def _remove_stale(self) -> None:
+        """Files that an earlier build left and this one cannot use."""
+        names = {file.path.name for file in self._remote}
+        for path in self._folder.iterdir():
+            if path.name not in names and not any(path.name.startswith(f".{name}.") for name in names):
+                path.unlink()
 
     def local(self, file: SourceFile) -> Path:
         """Where `file` can be read; waits for it, and starts to fetch what comes next."""
@@ -53,7 +68,6 @@ class Spool:
     def _start(self, file: SourceFile) -> None:
         if file.path not in self._running:
             assert self._hub is not None and file.remote is not None
-            self._folder.mkdir(parents=True, exist_ok=True)
             target = self._folder / file.path
             if target.exists():  # verified before it got its name
                 done: concurrent.futures.Future[None] = concurrent.futures.Future()

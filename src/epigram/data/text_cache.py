@@ -29,6 +29,7 @@ def build_cached(
     workers: int | None = None,
     field: str = "text",
     seed: int = 0,
+    transform: str = "",
 ) -> tuple[Path, tuple[str, ...]]:
     """The data folder of this text, and sentences for the user when it was built just now.
 
@@ -44,6 +45,7 @@ def build_cached(
         "shard_tokens": shard_tokens,
         "field": field,
         "seed": seed,
+        "transform": transform,
     }
     folder = cache_dir / _name(path, settings)
     with _one_at_a_time(folder):

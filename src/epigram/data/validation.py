@@ -42,6 +42,12 @@ class Validation:
             return f"published {self.name} ({facts})"
         return f"NOT the published one, allowed by choice: {self.problem} ({facts})"
 
+    def differs(self, variant: Published, sha256: tuple[str, ...]) -> str | None:
+        """Why a split of shards with these hashes is not this one; None when it is."""
+        if sha256 == self.sha256:
+            return None
+        return f"the validation split of {variant.name} had other contents when it was fetched"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedFile:
@@ -99,8 +105,8 @@ def look_at(variant: Published, shards: Sequence[Shard], pinned: Validation | No
     tokens = sum(shard.num_tokens for shard in shards)
     sha256 = tuple(sha256_of(shard.path) for shard in shards)
     problem = variant.problem(tokens)
-    if problem is None and pinned is not None and pinned.problem is None and pinned.sha256 != sha256:
-        problem = f"the validation split of {variant.name} had other contents when it was fetched"
+    if problem is None and pinned is not None and pinned.problem is None:
+        problem = pinned.differs(variant, sha256)
     return Validation(name=variant.name, tokens=tokens, sha256=sha256, problem=problem)
 
 

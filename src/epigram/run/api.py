@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from epigram.data.tokenizer import StreamDecoder, Tokenizer
+from epigram.data.text_codec import Decoder, TextCodec
+from epigram.data.tokenizer import Tokenizer
 from epigram.errors import UserError
 from epigram.evaluation.scorer import token_nlls
 from epigram.evaluation.windows import Method
@@ -46,13 +47,15 @@ class Model:
     """A model with its tokenizer, ready to use.
 
     context_len: the longest sequence of its training; generation and scoring look no further back. info: what the
-    artifact says of itself.
+    artifact says of itself. transform: of text before it is tokenized (`epigram.data.transforms`), "" for none; texts
+    go in and come out as they are written.
     """
 
     gpt: GPT
     tokenizer: Tokenizer
     context_len: int
     info: dict[str, Any]
+    transform: str = ""
 
     def generate(self, prompt: str, num_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any) -> str:
         """The continuation of `prompt`: up to `num_tokens` tokens, or until a text in `stop` appears (it is left out).
@@ -67,16 +70,17 @@ class Model:
             settings = Sampling(**sampling)
         except ValueError as error:
             raise UserError(str(error)) from error
-        ids = [self.tokenizer.bos_id, *self._encode(prompt)]
+        codec = TextCodec(self.tokenizer, self.transform)
+        ids = codec.encode(prompt)
         tokens = stream(
             self.gpt,
-            ids,
+            ids.tolist(),
             num_tokens,
             settings,
             context_len=self.context_len,
             banned=silent_ids(self.tokenizer),
         )
-        return _until(stop, _texts(self.tokenizer.stream_decoder(ids[-1]), tokens))
+        return _until(stop, _texts(codec.decoder(ids), tokens))
 
     def score(self, text: str, *, seq_len: int | None = None, stride: int | None = None) -> TextScore:
         """What each token of `text` costs, as the start of a document.
@@ -84,23 +88,20 @@ class Model:
         Texts longer than `seq_len` (the training context by default) are scored in windows that advance by `stride`.
         """
         seq_len = seq_len or self.context_len
-        tokens = np.array([self.tokenizer.bos_id, *self._encode(text)], dtype=np.uint16)
+        codec = TextCodec(self.tokenizer, self.transform)
+        tokens = codec.encode(text)
         if len(tokens) < 2:
             raise UserError("there is nothing to score: the text is empty")
         method = Method(name="sliding", seq_len=seq_len, stride=stride or max(seq_len // 4, 1))
         nats = token_nlls(self.gpt.nll, tokens, method, device=self.gpt.embed.device, batch_tokens=max(seq_len, 8192))
-        return TextScore(tokens[1:], nats, self.tokenizer.byte_tables().count(tokens[:-1], tokens[1:]))
+        return TextScore(tokens[1:], nats, codec.count_bytes(tokens))
 
     @torch.no_grad()
     def logits(self, text: str) -> Tensor:
         """(n + 1, vocab) float32: the prediction after the begin-of-document token and after each of the n tokens."""
-        ids = torch.tensor([[self.tokenizer.bos_id, *self._encode(text)]], device=self.gpt.embed.device)
+        tokens = TextCodec(self.tokenizer, self.transform).encode(text)
+        ids = torch.tensor([tokens.tolist()], device=self.gpt.embed.device)
         return self.gpt.logits(self.gpt(ids, rope_len=max(self.context_len, ids.shape[1])))[0]
-
-    def _encode(self, text: str) -> list[int]:
-        if not self.tokenizer.can_encode(text):
-            raise UserError("the tokenizer cannot represent this text: it has characters outside its alphabet")
-        return self.tokenizer.encode(text)
 
 
 def load(path: str | Path, device: str = "auto") -> Model:
@@ -118,7 +119,7 @@ def silent_ids(tokenizer: Tokenizer) -> list[int]:
     return np.flatnonzero(tokenizer.byte_tables().is_edge).tolist()
 
 
-def _texts(decoder: StreamDecoder, tokens: Iterator[int]) -> Iterator[str]:
+def _texts(decoder: Decoder, tokens: Iterator[int]) -> Iterator[str]:
     """Valid text as soon as it is complete: a character may be spread over several byte tokens."""
     for token in tokens:
         if text := decoder.feed(token):

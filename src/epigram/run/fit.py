@@ -52,6 +52,7 @@ def pack_to_fit(
     first: tuple[Stored, QuantReport],
     tokenizer: Tokenizer,
     provenance: dict[str, Any],
+    transform: str = "",
 ) -> Packed:
     """Write the artifact at `path`, shrunk to the cap if the recipe's policy (artifact.over_cap) says so.
 
@@ -67,9 +68,9 @@ def pack_to_fit(
         start_s = time.perf_counter()
         stored, report = quantize_model(named, roles, hessians, widened(config.quant, factor))
         spent_s += time.perf_counter() - start_s
-        return pack(trial, config, stored, tokenizer, provenance), report
+        return pack(trial, config, stored, tokenizer, provenance, transform), report
 
-    sizes = pack(path, config, first[0], tokenizer, provenance)
+    sizes = pack(path, config, first[0], tokenizer, provenance, transform)
     packed = Packed(sizes=sizes, report=first[1], factor=1.0, quantize_s=0.0, trials=1)
     if cap_check(config, sizes.total_bytes).fits or config.artifact.over_cap == "fail":
         return packed

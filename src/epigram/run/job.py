@@ -160,6 +160,7 @@ def finish_run(
                     (quantized.stored, quantized.report),
                     data.tokenizer,
                     quantized.source.to_dict(),
+                    data.transform,
                 )
             report = packed_file.sizes
             if packed_file.trials > 1:
@@ -212,6 +213,8 @@ def _begin(session: Session, record: RunRecord) -> None:
     record.update(
         recipe=config.recipe, seed=config.seed, parameters=num_parameters, data=where, forecast_bytes=forecast
     )
+    if data.transform:  # whoever loads a checkpoint must know it
+        record.update(transform=data.transform)
 
 
 def _forecast(config: Config, forecast: int) -> str:

@@ -84,7 +84,7 @@ def score_model(
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
-    Data that is text is tokenized with the model's own tokenizer.
+    Data that is text is transformed and tokenized as the model's own was.
     """
     model, data = _open(path, data_path, device)
     context = Context(device=model.gpt.embed.device)
@@ -107,7 +107,7 @@ def _open(path: Path, data_path: str, device: str) -> tuple[Model, DataFolder]:
         model = load_model(path, device)
         with tempfile.TemporaryDirectory() as folder:
             (tokenizer := Path(folder) / TOKENIZER).write_bytes(model.tokenizer.proto)
-            return model, ensure_built(data_path, CACHE, tokenizer_file=tokenizer).data
+            return model, ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform).data
     data = open_data(data_path)
     model = load_model(path, device, tokenizer=data.tokenizer)
     # An artifact carries what encoding needs of a tokenizer, so the files differ where the tokenizers do not.

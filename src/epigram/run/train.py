@@ -25,7 +25,15 @@ UPDATE = "epigram update"
 """In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
 
 _HOST_AHEAD = 2  # steps that the host may queue before it waits for the device
-_FACTS = ("recipe", "seed", "parameters", "data", "forecast_bytes", "warmup_s")  # of the result, for a later export
+_FACTS = (
+    "recipe",
+    "seed",
+    "parameters",
+    "data",
+    "transform",
+    "forecast_bytes",
+    "warmup_s",
+)  # of the result, for a later export
 
 
 class DivergedError(UserError):

@@ -8,9 +8,11 @@ from typing import Any
 import cattrs
 import torch
 
+from epigram import plugin
 from epigram.artifact import tensors as artifact
 from epigram.config import Config, load_recipe, parse_model
 from epigram.data.tokenizer import Tokenizer
+from epigram.data.transforms import base as transforms
 from epigram.dist.context import Context, pick_device
 from epigram.errors import ArtifactError, UserError
 from epigram.model.config import ModelConfig
@@ -27,11 +29,12 @@ TOKENIZER = "tokenizer.model"
 
 
 def pack(
-    path: Path, config: Config, stored: Stored, tokenizer: Tokenizer, provenance: dict[str, Any]
+    path: Path, config: Config, stored: Stored, tokenizer: Tokenizer, provenance: dict[str, Any], transform: str = ""
 ) -> artifact.SizeReport:
-    """Write the artifact of a quantized model and say what each part takes."""
+    """Write the artifact of a quantized model and say what each part takes. transform: of its text, "" for none."""
+    named = {"transform": transform} if transform else {}
     contents = artifact.Contents(
-        model=_plain(asdict(config.model)) | {"context_len": config.context_len},
+        model=_plain(asdict(config.model)) | {"context_len": config.context_len} | named,
         tensors=stored,
         tokenizer_proto=tokenizer.proto if config.artifact.tokenizer else None,
         provenance=provenance,
@@ -61,12 +64,14 @@ def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None) ->
     contents = artifact.load(path)
     settings = dict(contents.model)
     try:
-        context_len = settings.pop("context_len")
+        context_len, transform = settings.pop("context_len"), settings.pop("transform", "")
         config = parse_model(settings)
     except (KeyError, UserError) as error:
         raise ArtifactError(f"{path} describes no model that this release knows: {error}") from error
     if type(context_len) is not int or not 1 <= context_len <= 1 << 24:
         raise ArtifactError(f"{path} gives no usable context length, but {context_len!r}")
+    if transform != "" and transform not in plugin.names(transforms.PACKAGE):
+        raise ArtifactError(f"{path} names a text transform that this release does not know: {transform!r}")
     model = _outline(config, sum(math.prod(tensor.shape) for tensor in contents.tensors.values()), path)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     weights = restore(contents.tensors, model.roles(), shapes)
@@ -74,7 +79,7 @@ def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None) ->
     if contents.tokenizer_proto is not None:
         tokenizer = Tokenizer.from_bytes(contents.tokenizer_proto)
     info = {"recipe": contents.recipe, "provenance": contents.provenance, "path": str(path)}
-    return _ready(model, context, _needed(tokenizer, path), context_len, info)
+    return _ready(model, context, _needed(tokenizer, path), context_len, info, transform)
 
 
 def _outline(config: ModelConfig, num_weights: int, path: Path) -> GPT:
@@ -101,7 +106,8 @@ def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None) 
     if tokenizer is None and (run / TOKENIZER).is_file():
         tokenizer = Tokenizer.from_file(run / TOKENIZER)
     info = {"recipe": config.recipe, "path": str(path), "step": saved.state["step"]}
-    return _ready(model, context, _needed(tokenizer, path), config.context_len, info)
+    transform = saved.state["facts"].get("transform", "")
+    return _ready(model, context, _needed(tokenizer, path), config.context_len, info, transform)
 
 
 def final_weights(saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
@@ -116,7 +122,9 @@ def _needed(tokenizer: Tokenizer | None, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _ready(model: GPT, context: Context, tokenizer: Tokenizer, context_len: int, info: dict[str, Any]) -> Model:
+def _ready(
+    model: GPT, context: Context, tokenizer: Tokenizer, context_len: int, info: dict[str, Any], transform: str
+) -> Model:
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: "
@@ -125,7 +133,7 @@ def _ready(model: GPT, context: Context, tokenizer: Tokenizer, context_len: int,
     model = model.to(context.device).requires_grad_(False)
     model.compute_dtype, _ = pick_precision("auto", context)
     attach_attention(model, "auto", context, compiled=False)
-    return Model(model, tokenizer, context_len, info)
+    return Model(model, tokenizer, context_len, info, transform)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,8 @@ A transform is one file of this folder with
     decode(text: str) -> str       back, exactly
     silent(text: bytes) -> NDArray[np.bool_]
                                    which bytes of transformed UTF-8 are no bytes of the text, (num_bytes,)
+    Decoder()                      decodes text that comes in pieces: feed(text) -> str gives what is certain by now,
+                                   finish() -> str the rest; together the same as `decode`
 
 Because a transform loses nothing, a score can count the bytes of the text itself; but how many a token stands for
 depends on its neighbours, so they are kept beside the tokens (the sidecar) instead of in a table.

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"
 MARKS = TITLE + ALLCAPS + CAPNEXT + ESCAPE
 
-_CAPITALS = re.compile(f"[{MARKS}]|[a-z]*[A-Z][A-Za-z]*")
+# A run is looked at from its beginning alone: from each of its letters, a long one in small letters (a genome, an
+# encoded file) would take quadratic time.
+_CAPITALS = re.compile(f"[{MARKS}]|(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*")
 _LATER = re.compile("[A-Z]")
 _MARKED = re.compile(f"{ESCAPE}(.)|{ALLCAPS}([a-z]+)|[{TITLE}{CAPNEXT}]([a-z])", re.DOTALL)
 _SILENT = re.compile(b"\xee\x80\x84(?:\xee\x80[\x81-\x84])?|\xee\x80[\x81-\x83]")
@@ -39,6 +41,38 @@ def _mark(match: re.Match[str]) -> str:
 def decode(text: str) -> str:
     """The text that `encode` was given. Marks without what they need, as at the end of a cut text, stay."""
     return _MARKED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
+
+
+class Decoder:
+    """`decode` for text that comes in pieces, as a model writes it."""
+
+    def __init__(self) -> None:
+        self._open = ""  # the mark that waits for what it acts on
+        self._in_capitals = False  # behind ALLCAPS and a letter
+
+    def feed(self, text: str) -> str:
+        """The text that is certain by now; a mark at the end is held back."""
+        return "".join(map(self._next, text))
+
+    def finish(self) -> str:
+        """The mark that waits in vain, if there is one."""
+        rest, self._open, self._in_capitals = self._open, "", False
+        return rest
+
+    def _next(self, character: str) -> str:
+        if self._open == ESCAPE:
+            self._open = ""
+            return character
+        is_small = "a" <= character <= "z"
+        if self._in_capitals and is_small:
+            return character.upper()
+        if self._open and is_small:
+            self._in_capitals, self._open = self._open == ALLCAPS, ""
+            return character.upper()
+        vain = self.finish()
+        if character in MARKS:
+            self._open, character = character, ""
+        return vain + character
 
 
 def silent(text: bytes) -> NDArray[np.bool_]:
