@@ -118,15 +118,19 @@ class ArtifactConfig:
     """codec: a file of `epigram.artifact.codecs`. cap_bytes: limit of artifact and code together, decimal.
 
     code_bytes: bytes that a submission's code takes of the cap. tokenizer: carry the tokenizer, so that generation
-    needs only this file.
+    needs only this file. over_cap: what becomes of a run that comes out over the cap: "fail", or "shrink", which
+    multiplies quant.grid's sigma (or floor) by what makes it fit.
     """
 
     codec: str = "entropy"
     cap_bytes: int = 16_000_000
     code_bytes: int = 0
     tokenizer: bool = True
+    over_cap: str = "fail"
 
     def __post_init__(self) -> None:
+        if self.over_cap not in ("fail", "shrink"):
+            raise ValueError(f"over_cap = {self.over_cap!r} must be fail or shrink")
         if not 0 <= self.code_bytes < self.cap_bytes:
             raise ValueError(
                 f"code_bytes = {self.code_bytes} must be at least 0 and below cap_bytes = {self.cap_bytes}"
@@ -266,6 +270,12 @@ class Config:
             yield (
                 f"quant.calibration.seq_len = {self.quant.calibration.seq_len} is longer than any lane "
                 f"({self.context_len}): calibrate at lengths that were trained"
+            )
+        grid = self.quant.grid
+        if self.artifact.over_cap == "shrink" and grid.clip != "sigma" and grid.floor == 0:
+            yield (
+                f'artifact.over_cap = "shrink" widens steps by their sigma or floor, and clip = "{grid.clip}" with '
+                'floor = 0 has neither: set quant.grid.clip = "sigma", a floor, or artifact.over_cap = "fail"'
             )
 
         limits, layers = self.score.streaming.limits, self.model.num_layers

@@ -103,3 +103,34 @@ def test_the_forecast_follows_grid_codec_and_code():
     assert forecast("quant.grid.sigma.mlp=14") < plain, "coarser steps"
     assert forecast("quant.grid.sigma.attention=14") != forecast("quant.grid.sigma.mlp=14"), "each class has its own"
     assert forecast("artifact.codec=store") > plain
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize(("name", "changes", "rel"), [
+    ("h100-180s", ["quant.grid.sigma.head=20"], 0.003),  # it ran before the head had a clip of its own
+    ("demo", [], 0.025),  # small tables and few rows: above what it came to
+])  # fmt: skip
+def test_the_forecast_of_past_runs(name: str, changes: list[str], rel: float):
+    config = load_recipe(str(RESULTS / name / "config.toml"), changes)
+    with torch.device("meta"):
+        model = GPT(config.model)
+    assert forecast_bytes(config, model) == pytest.approx(result_of(RESULTS / name)["artifact_bytes"], rel=rel)
+
+
+def test_past_runs_correct_the_forecast(finished: Path, tmp_path: Path):
+    """The forecast of the run's own config, corrected by the run, is what the run came to."""
+    config = load_recipe(str(finished / "config.toml"))
+    found = describe(config, past=[finished, finished])
+    assert found["forecast_bytes"] == pytest.approx(result_of(finished)["artifact_bytes"], abs=1)
+    assert found["past"]["low"] == pytest.approx(found["past"]["high"])
+    assert found["past"]["runs"] == 2
+    with pytest.raises(UserError, match="is no run folder"):
+        describe(config, past=[tmp_path])
+    (tmp_path / "config.toml").write_text((finished / "config.toml").read_text())
+    with pytest.raises(UserError, match="holds no finished run"):
+        describe(config, past=[tmp_path])
+    (tmp_path / "result.json").write_text(json.dumps({**result_of(finished), "shrink_factor": 1.2}))
+    with pytest.raises(UserError, match="was shrunk to its cap"):
+        describe(config, past=[tmp_path])

@@ -17,7 +17,7 @@ from epigram.data.dataset import DataFolder
 from epigram.dist.context import Context
 from epigram.errors import ArtifactError, UserError
 from epigram.quantized import QuantizedTensor
-from epigram.run import export, job
+from epigram.run import export, fit, job
 from epigram.run.export import calibration_batches, over_budget
 from epigram.run.job import OverBudgetError, export_job
 from epigram.run.weights import load_model
@@ -80,7 +80,7 @@ def test_coarser_steps_cost_score(finished: Path, tmp_path: Path):
 
 def test_scores_come_from_the_file(finished: Path, tmp_path: Path, monkeypatch):
     """What is changed between quantizing and reading back shows in the scores of the file, and only there."""
-    real = job.pack
+    real = fit.pack
 
     def pack_without_embedding(path, config, stored, *rest):
         table = stored["embed"]
@@ -88,7 +88,7 @@ def test_scores_come_from_the_file(finished: Path, tmp_path: Path, monkeypatch):
         blank = {**stored, "embed": replace(table, codes=torch.zeros_like(table.codes))}
         return real(path, config, blank, *rest)
 
-    monkeypatch.setattr(job, "pack", pack_without_embedding)
+    monkeypatch.setattr(fit, "pack", pack_without_embedding)
     scores = export_run(finished, tmp_path / "out")["scores"]
     for row in scores["quantized"].values():
         assert row["val_nats"] == pytest.approx(np.log(512), rel=1e-6), "a blank head finds all tokens equally likely"
@@ -96,7 +96,7 @@ def test_scores_come_from_the_file(finished: Path, tmp_path: Path, monkeypatch):
 
 
 def test_a_file_that_is_altered_before_it_is_read_is_noticed(finished: Path, tmp_path: Path, monkeypatch):
-    real = job.pack
+    real = fit.pack
 
     def pack_and_alter(path, *arguments):
         report = real(path, *arguments)
@@ -105,7 +105,7 @@ def test_a_file_that_is_altered_before_it_is_read_is_noticed(finished: Path, tmp
         path.write_bytes(content)
         return report
 
-    monkeypatch.setattr(job, "pack", pack_and_alter)
+    monkeypatch.setattr(fit, "pack", pack_and_alter)
     with pytest.raises(ArtifactError, match="altered"):
         export_run(finished, tmp_path / "out")
     result = result_of(tmp_path / "out")
@@ -200,7 +200,7 @@ def test_a_run_exactly_at_its_limits_keeps_them():
     ("change", "message"),
     [
         ({"quantize_s": 3.1}, "took 60.1 s of 60.0 s"),
-        ({"total_bytes": 200_001}, "200,001 bytes of 200,000"),
+        ({"total_bytes": 200_001}, "200,001 bytes, 1 over the cap of 200,000"),
         ({"scores": {"quantized": {"blocks": {"score_s": 60.5}}}}, "scoring took 60.5 s of 60.0 s"),
     ],
 )
@@ -214,7 +214,7 @@ def test_counted_steps_have_no_time_limit():
 
 
 def test_over_the_cap_fails_when_all_is_done(finished: Path, tmp_path: Path):
-    with pytest.raises(OverBudgetError, match=r"of 20,000: .*; scoring took .* s of 0.0 s"):
+    with pytest.raises(OverBudgetError, match=r"the cap of 20,000: .*; scoring took .* s of 0.0 s"):
         export_run(finished, tmp_path / "out", "artifact.cap_bytes=20000", "budget.score_s=0.00001")
     result = result_of(tmp_path / "out")
     assert result["status"] == "finished"
@@ -229,6 +229,51 @@ def test_the_code_counts_against_the_cap(finished: Path, tmp_path: Path):
     assert fits["total_bytes"] == fits["artifact_bytes"] + 20_000
     with pytest.raises(OverBudgetError, match="artifact and code take"):
         export_run(finished, tmp_path / "b", "artifact.code_bytes=20000", f"artifact.cap_bytes={size + 19_900}")
+
+
+def test_a_run_over_its_cap_is_shrunk_to_it(finished: Path, tmp_path: Path):
+    """The widest file that fits: nearly full, of coarser steps, scored as such, and the time counted."""
+    whole = result_of(finished)
+    cap = int(0.93 * whole["artifact_bytes"]) + 1000
+    limits = (f"artifact.cap_bytes={cap}", "artifact.code_bytes=1000")
+    result = export_run(finished, tmp_path / "out", *limits, "artifact.over_cap=shrink")
+    path = tmp_path / "out" / "model.epigram"
+    assert result["artifact_bytes"] == path.stat().st_size
+    assert 0.99 * cap < result["total_bytes"] == path.stat().st_size + 1000 <= cap
+    assert result["shrink_factor"] > 1.01
+    assert result["scores"]["quantized"]["blocks"]["val_nats"] != whole["scores"]["quantized"]["blocks"]["val_nats"]
+    bits = [{row["tensor_class"]: row["entropy_bits"] for row in r["quantization"]} for r in (whole, result)]
+    assert bits[1]["mlp"] < bits[0]["mlp"] if "mlp" in bits[0] else bits[1] != bits[0]
+    assert not list((tmp_path / "out").glob("*.trial"))
+    assert "over the cap as configured" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_one_that_fits_is_left_as_it_is(finished: Path, tmp_path: Path):
+    result = export_run(finished, tmp_path / "out", "artifact.over_cap=shrink")
+    assert (tmp_path / "out" / "model.epigram").read_bytes() == (finished / "model.epigram").read_bytes()
+    assert result["shrink_factor"] == 1
+
+
+def test_a_cap_that_no_step_can_keep(finished: Path, tmp_path: Path):
+    """What floats and header take is not made smaller by coarser steps: the file is the configured one."""
+    with pytest.raises(OverBudgetError, match="over the cap of 3,000"):
+        export_run(finished, tmp_path / "out", "artifact.cap_bytes=3000", "artifact.over_cap=shrink")
+    assert result_of(tmp_path / "out")["shrink_factor"] == 1
+    assert not list((tmp_path / "out").glob("*.trial"))
+
+
+def test_a_floor_is_raised_where_it_sets_the_step(finished: Path, tmp_path: Path):
+    floor = ("quant.grid.clip=search", "quant.grid.floor=1.0")
+    whole = export_run(finished, tmp_path / "whole", *floor)
+    cap = int(0.9 * whole["artifact_bytes"])
+    result = export_run(finished, tmp_path / "out", *floor, f"artifact.cap_bytes={cap}", "artifact.over_cap=shrink")
+    assert 0.99 * cap < result["total_bytes"] <= cap
+    assert result["shrink_factor"] > 1.01
+
+
+def test_shrinking_needs_something_to_widen():
+    with pytest.raises(UserError, match="floor = 0 has neither"):
+        short("artifact.over_cap=shrink", "quant.grid.clip=max", "quant.grid.floor=0")
 
 
 # -- what does not belong together ------------------------------------------------------------------------------------

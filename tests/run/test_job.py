@@ -96,7 +96,7 @@ def test_the_table_at_the_end(finished: Path, tmp_path: Path, data):
     out = tmp_path / "out"
     result = job.export_job(finished, out=out, overrides=["run.compressors=true"], device="cpu")
     lines = log_of(out)
-    assert any(f"artifact {result['artifact_bytes']:,} bytes + code 0" in line for line in lines)
+    assert any(f"{result['artifact_bytes']:,} artifact + 0 code = " in line for line in lines)
     for model, methods in result["scores"].items():
         for method, row in methods.items():
             assert any(

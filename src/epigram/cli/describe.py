@@ -1,5 +1,7 @@
 """`epigram describe`: what a recipe is and costs, before it runs."""
 
+from pathlib import Path
+
 import click
 
 from epigram.cli.options import finish, json_option, set_option
@@ -10,8 +12,17 @@ from epigram.cli.options import finish, json_option, set_option
 @set_option()
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=1), help="Processes to share the lanes.")
 @click.option("--list", "only_list", is_flag=True, help="List the recipes of the package instead.")
+@click.option(
+    "--past",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Correct the forecast of bytes by what this finished run came to (repeatable).",
+)
 @json_option()
-def command(recipe: str, overrides: tuple[str, ...], gpus: int, only_list: bool, as_json: bool) -> None:
+def command(
+    recipe: str, overrides: tuple[str, ...], gpus: int, only_list: bool, past: tuple[Path, ...], as_json: bool
+) -> None:
     """Show parameters, bytes against the cap, operations, lanes and schedules of RECIPE."""
     from epigram.config import load_recipe, recipe_names
     from epigram.run.describe import describe, print_description
@@ -20,6 +31,6 @@ def command(recipe: str, overrides: tuple[str, ...], gpus: int, only_list: bool,
         for name in recipe_names():
             click.echo(f"{name:10} {load_recipe(name).summary}")
         return
-    description = describe(load_recipe(recipe, overrides), gpus)
+    description = describe(load_recipe(recipe, overrides), gpus, past)
     print_description(description)
     finish(description, as_json)

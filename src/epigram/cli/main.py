@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from epigram.cli import bench, data, describe, doctor, export, generate, report, score, train
+from epigram.cli import bench, check, compare, data, describe, doctor, export, generate, report, score, submit, train
 from epigram.errors import LostPeerError, UserError
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
@@ -27,7 +27,7 @@ def command() -> None:
     """
 
 
-for module in (train, export, score, generate, data, describe, report, bench, doctor):
+for module in (train, export, score, generate, data, describe, compare, report, submit, check, bench, doctor):
     command.add_command(module.command)
 
 

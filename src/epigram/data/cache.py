@@ -1,22 +1,15 @@
-"""From whatever a user calls data to an open data folder: text is built once and kept in a cache."""
+"""From whatever a user calls data to an open data folder: text is built once and kept in a cache.
 
-import contextlib
+What builds is imported only for text: a submission's single file reads shards and ships without it.
+"""
+
 import dataclasses
-import hashlib
-import json
-import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
 from epigram.data.dataset import DataFolder, is_published_layout, open_data
-from epigram.data.files import sha256_of
-from epigram.data.gather import gather
-from epigram.data.manifest import MANIFEST, VERSION
-from epigram.data.shards import SHARD_TOKENS
-from epigram.data.sources import text
+from epigram.data.manifest import MANIFEST
+from epigram.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,65 +21,25 @@ class Opened:
 
 
 def ensure_built(
-    path: str | Path,
-    cache_dir: str | Path,
-    *,
-    tokenizer_file: str | Path | None = None,
-    vocab_size: int = VOCAB_SIZE,
-    normalization: str = "identity",
-    val_fraction: float = VAL_FRACTION,
-    shard_tokens: int = SHARD_TOKENS,
-    workers: int | None = None,
-    field: str = "text",
-    seed: int = 0,
-    transform: str = "",
+    path: str | Path, cache_dir: str | Path, *, tokenizer_file: str | Path | None = None, **settings: Any
 ) -> Opened:
     """Open `path` when it is a data folder (then only `tokenizer_file` is looked at); else build it into
     `cache_dir`.
 
-    The name in the cache comes from a hash of the text and of all settings, so a changed text is built anew
-    and an unchanged one is found again, wherever it lies. `path` is a file, a folder or "stdlib"; see `build`
-    for the rest.
+    `path` is a file, a folder or "stdlib"; settings: see `epigram.data.text_cache.build_cached`. Raises UserError for
+    text where the part that builds was left out.
     """
     path = Path(path)
     if (path / MANIFEST).exists() or is_published_layout(path):
         return Opened(data=open_data(path, tokenizer_file))
-    settings: dict[str, Any] = {
-        "tokenizer_file": tokenizer_file,
-        "vocab_size": vocab_size,
-        "normalization": normalization,
-        "val_fraction": val_fraction,
-        "shard_tokens": shard_tokens,
-        "field": field,
-        "seed": seed,
-        "transform": transform,
-    }
-    folder = Path(cache_dir) / _name(path, settings)
-    with _one_at_a_time(folder):
-        if (folder / MANIFEST).exists():
-            return Opened(data=open_data(folder))
-        built = build([path], folder, workers=workers, **settings)
-    return Opened(data=open_data(folder), notes=built.notes)
-
-
-def _name(path: Path, settings: dict[str, Any]) -> str:
-    """Name in the cache: that of the source, for people, and a hash of all that the result depends on."""
-    if settings["tokenizer_file"] is not None:
-        trained = {"vocab_size": None, "normalization": None}
-        settings = settings | trained | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
-    facts = [VERSION, text.PIECE_BYTES, gather([path]).content_hash(), settings]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().name).lstrip(".") or "data"
-    return f"{readable}-{key[:16]}"
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let the processes of a run that want the same folder build it once: the others wait, then find it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        from epigram.data.text_cache import build_cached
+    except ModuleNotFoundError as error:
+        if error.name != "epigram.data.text_cache":
+            raise
+        raise UserError(
+            f"{path} is no folder of token shards, and this script does not build any: give a folder with "
+            "*_train_*.bin, *_val_*.bin and a tokenizer, or build one with `epigram data build`"
+        ) from error
+    folder, notes = build_cached(path, Path(cache_dir), tokenizer_file=tokenizer_file, **settings)
+    return Opened(data=open_data(folder), notes=notes)

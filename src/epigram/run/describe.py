@@ -1,5 +1,8 @@
 """What a recipe is and costs: parameters, bytes, operations, lanes, schedules. Nothing is computed on a device."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,22 +12,28 @@ from epigram.data.lanes import lanes_of_rank
 from epigram.model.cost import forward_flops_per_token
 from epigram.model.gpt import GPT
 from epigram.optim import schedule
-from epigram.run.size import forecast_bytes
+from epigram.run.size import forecast_bytes, past_ratio
 
 _CURVE_POINTS = 11
 
 
-def describe(config: Config, world_size: int = 1) -> dict[str, Any]:
-    """Plain values for a table or JSON; `parameters` is the total."""
+def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> dict[str, Any]:
+    """Plain values for a table or JSON; `parameters` is the total.
+
+    past: run folders whose sizes correct the forecast; their ratio of fact to forecast is then under `past`.
+    """
     with torch.device("meta"):
         model = GPT(config.model)
     parts = {name: p.numel() for name, p in model.named_parameters()}
+    ratio = past_ratio(past) if past else None
+    forecast = round(forecast_bytes(config, model) * (ratio.mean if ratio else 1))
     return {
         "recipe": config.recipe,
         "summary": config.summary,
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
-        "forecast_bytes": forecast_bytes(config, model) + config.artifact.code_bytes,
+        "forecast_bytes": forecast + config.artifact.code_bytes,
+        **({"past": asdict(ratio)} if ratio else {}),
         "cap_bytes": config.artifact.cap_bytes,
         "lanes": _lanes(config, world_size),
         "world_sizes": [n for n in range(1, len(config.flat_lanes) + 1) if _fits(config, n)],
@@ -86,6 +95,11 @@ def print_description(description: dict[str, Any]) -> None:
         f"{description['parameters']:,} parameters, about {description['forecast_bytes']:,} bytes packed: "
         f"{100 * share:.0f} % of the cap of {description['cap_bytes']:,}"
     )
+    if ratio := description.get("past"):
+        console.print(
+            f"{ratio['runs']} past run(s) came to {ratio['mean']:.4f} of their forecasts ({ratio['low']:.4f} to "
+            f"{ratio['high']:.4f}); this one is corrected by it"
+        )
     tables: list[tuple[str, list[dict[str, Any]]]] = [
         ("parameters", [{"part": k, "parameters": v} for k, v in description["parameters_by_part"].items()]),
         (f"lanes of a step ({description['tokens_per_step']:,} tokens)", description["lanes"]),

@@ -26,6 +26,7 @@ from epigram.quant.policy import calibration_taps, plan
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quant.report import QuantReport
 from epigram.run.api import silent_ids
+from epigram.run.fit import cap_check
 from epigram.run.setup import attention_for_eager
 
 BATCH_TOKENS = 65_536  # of a calibration forward
@@ -34,13 +35,15 @@ _SELF_BATCH = 64  # sequences that the model writes at once
 
 @dataclass(frozen=True)
 class Quantized:
-    """Tensors of the artifact, what quantization cost, where its statistics come from, and how long it took."""
+    """Tensors of the artifact, what quantization cost, where its statistics come from, how long it took, and the
+    Hessians, by tap, for quantizing again."""
 
     stored: Stored
     report: QuantReport
     source: CalibrationSource
     calibrate_s: float
     quantize_s: float
+    hessians: dict[str, Tensor]
 
 
 def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> Quantized:
@@ -57,7 +60,7 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
     with Progress("quantize", sum(p.numel() for p in named.values()), "weights") as bar:
         stored, report = quantize_model(named, roles, hessians, config.quant, bar.advance)
     context.synchronize()
-    return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s)
+    return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s, hessians)
 
 
 def calibrate(model: GPT, config: Config, batches: Iterable[Tensor], context: Context) -> dict[str, Tensor]:
@@ -120,10 +123,11 @@ def over_budget(config: Config, result: dict[str, Any]) -> list[str]:
             f"training, calibration and quantization took {spent_s:.1f} s of {config.budget.train_s:.1f} s: "
             "raise budget.calibrate_s or lower quant.calibration.num_windows"
         )
-    if result["total_bytes"] > config.artifact.cap_bytes:
+    check = cap_check(config, result["total_bytes"] - config.artifact.code_bytes)
+    if not check.fits:
         found.append(
-            f"artifact and code take {result['total_bytes']:,} bytes of {config.artifact.cap_bytes:,}: "
-            "raise quant.grid.sigma, shrink the model, or export with another codec"
+            f"artifact and code take too many bytes: {check}: raise quant.grid.sigma or let it be raised "
+            '(artifact.over_cap = "shrink"), shrink the model, or export with another codec'
         )
     scored_s = sum(row["score_s"] for row in result.get("scores", {}).get("quantized", {}).values())
     if scored_s > config.budget.score_s:

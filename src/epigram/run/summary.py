@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from epigram.artifact.size import CapCheck
 from epigram.data.dataset import DataFolder
 from epigram.evaluation.compressors import MAX_PRIMER_BYTES, MAX_TEXT_BYTES, compare_compressors
 from epigram.run.record import RunRecord
@@ -23,11 +24,10 @@ def log_summary(record: RunRecord) -> None:
     record.log("")
     head = ("class", "method", "weights", "bits a weight", "error", "weighted error")
     _table(record, head, _classes(result))
-    share = 100 * result["total_bytes"] / result["cap_bytes"]
-    record.log(
-        f"artifact {result['artifact_bytes']:,} bytes + code {result['code_bytes']:,} = {result['total_bytes']:,}, "
-        f"{share:.1f} % of the cap of {result['cap_bytes']:,}"
-    )
+    sizes = CapCheck(**{key: result[key] for key in ("artifact_bytes", "code_bytes", "cap_bytes")})
+    record.log(f"{sizes}, {100 * sizes.total_bytes / result['cap_bytes']:.1f} % of it")
+    for line in stable_lines(result):
+        record.log(line)
     if (over := result["over_model"]) is not None:
         bits = result["bits_per_weight"]
         record.log(f"codes: {bits:.4f} bits a weight, {100 * over:.3f} % above the entropy of the codec's own model")
@@ -35,6 +35,22 @@ def log_summary(record: RunRecord) -> None:
     if sample := result.get("sample"):
         record.log("")
         record.log(sample)
+
+
+def stable_lines(result: dict[str, Any]) -> list[str]:
+    """What a program may read from a log at its end: times in seconds, bytes, and where the calibration came from."""
+    score_s = sum(row["score_s"] for row in result["scores"].get("quantized", {}).values())
+    times = {key: result[key] for key in ("train_s", "calibrate_s", "quantize_s", "pack_s")}
+    sizes = {key: result[f"{key}_bytes"] for key in ("artifact", "code", "total", "cap")}
+    return [
+        _stable("final_times", {"steps": result["steps"], **times, "score_s": round(score_s, 3)}),
+        _stable("final_bytes", {**sizes, "sha256": result["artifact_sha256"]}),
+        _stable("final_calibration", {key: value for key, value in result["calibration"].items() if value != ""}),
+    ]
+
+
+def _stable(name: str, values: dict[str, Any]) -> str:
+    return " ".join([name, *(f"{key}:{value}" for key, value in values.items())])
 
 
 def _classes(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -29,7 +29,8 @@ from epigram.run.signals import listening
 UPDATE = "epigram update"
 """In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
 
-_FACTS = ("recipe", "seed", "parameters", "data", "transform", "warmup_s")  # of the result, for a later export
+_FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "warmup_s")
+"""Of the result, for a later export."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from epigram.run.report.reader import Run, as_table, is_number
 
 # Which score is the run's score: the quantized model before the float one, the method with the longest
 # context first.
-_PREFERENCE = [(model, method) for model in ("quantized", "float") for method in ("sliding", "streaming", "blocks")]
+PREFERENCE = [(model, method) for model in ("quantized", "float") for method in ("sliding", "streaming", "blocks")]
 
 # What counts against the time of training.
 TIMES = (("train_s", "training"), ("calibrate_s", "calibration"), ("quantize_s", "quantization"))
@@ -60,7 +60,7 @@ def time_and_budget(run: Run) -> tuple[float | None, float | None]:
 def best_score(run: Run) -> tuple[str, str, dict[str, Any]] | None:
     """(model, method, row) of the score that the run is known by."""
     scores = run.part("scores")
-    for model, method in _PREFERENCE:
+    for model, method in PREFERENCE:
         row = as_table(as_table(scores.get(model)).get(method))
         if is_number(row.get("val_bpb")):
             return model, method, row

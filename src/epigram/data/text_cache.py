@@ -1,0 +1,78 @@
+"""Text that is built into data once, kept in a cache, and found again as long as it is the same."""
+
+import contextlib
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
+from epigram.data.files import sha256_of
+from epigram.data.gather import gather
+from epigram.data.manifest import MANIFEST, VERSION
+from epigram.data.shards import SHARD_TOKENS
+from epigram.data.sources import text
+
+
+def build_cached(
+    path: Path,
+    cache_dir: Path,
+    *,
+    tokenizer_file: str | Path | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    normalization: str = "identity",
+    val_fraction: float = VAL_FRACTION,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+    field: str = "text",
+    seed: int = 0,
+    transform: str = "",
+) -> tuple[Path, tuple[str, ...]]:
+    """The data folder of this text, and sentences for the user when it was built just now.
+
+    The name in the cache comes from a hash of the text and of all settings, so a changed text is built anew
+    and an unchanged one is found again, wherever it lies. `path` is a file, a folder or "stdlib"; see `build`
+    for the rest.
+    """
+    settings: dict[str, Any] = {
+        "tokenizer_file": tokenizer_file,
+        "vocab_size": vocab_size,
+        "normalization": normalization,
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
+        "field": field,
+        "seed": seed,
+        "transform": transform,
+    }
+    folder = cache_dir / _name(path, settings)
+    with _one_at_a_time(folder):
+        if (folder / MANIFEST).exists():
+            return folder, ()
+        built = build([path], folder, workers=workers, **settings)
+    return folder, built.notes
+
+
+def _name(path: Path, settings: dict[str, Any]) -> str:
+    """Name in the cache: that of the source, for people, and a hash of all that the result depends on."""
+    if settings["tokenizer_file"] is not None:
+        trained = {"vocab_size": None, "normalization": None}
+        settings = settings | trained | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
+    facts = [VERSION, text.PIECE_BYTES, gather([path]).content_hash(), settings]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().name).lstrip(".") or "data"
+    return f"{readable}-{key[:16]}"
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let the processes of a run that want the same folder build it once: the others wait, then find it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

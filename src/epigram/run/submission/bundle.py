@@ -1,0 +1,168 @@
+"""The package as one file, `train_gpt.py`, with the recipe that the runs used.
+
+The file holds the source text of every module that training and scoring can reach, and writes them into a private
+folder before it imports them. A folder, and not an importer over a dictionary, because much of what reads a package
+wants files: plug-ins are found by walking folders, recipes are package data, Triton and the compilers of FlashAttention
+read the source of their kernels, and a traceback shows lines. It costs a few milliseconds a process.
+
+Two forms. `readable`: each module as it is in the repository, in a raw string. `packed`: the same without comments and
+docstrings, whose syntax tree is proved equal to the original's, compressed with LZMA and written in base 85.
+"""
+
+import ast
+import base64
+import json
+import lzma
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import tomli_w
+
+import epigram
+from epigram.config import Config, to_tree
+from epigram.errors import UserError
+
+FORMS = ("readable", "packed")
+MARK = "EPIGRAM_SINGLE_FILE"
+ENTRY = "epigram.run.submission.entry"
+_RAW_QUOTES = "'''"
+_MOST_BYTES = 64 << 20  # of packed files that are read from a script of unknown origin
+
+# Never shipped: what builds data from text, and what needs libraries that a record does not declare.
+_LEFT_OUT = frozenset({"epigram.data.text_cache", "epigram.run.writers.tensorboard", "epigram.run.writers.wandb"})
+
+
+def single_file(config: Config, form: str) -> bytes:
+    """`train_gpt.py` for a recipe, in one of FORMS."""
+    if form not in FORMS:
+        raise UserError(f"form = {form!r} must be one of {', '.join(FORMS)}")
+    files = {**shipped_sources(), f"epigram/recipes/{config.recipe}.toml": tomli_w.dumps(to_tree(config))}
+    head = (resources.files("epigram.run.submission") / "single_file.txt").read_text("utf-8")
+    head = head.replace("@RECIPE@", config.recipe).replace("@SUMMARY@", config.summary)
+    body = _readable(files) if form == "readable" else _packed(files)
+    return head.replace("@FILES@\n", body).encode("utf-8")
+
+
+def shipped_sources() -> dict[str, str]:
+    """Path in the package -> source of every module that the entry can reach, plug-ins and their packages included."""
+    root = Path(epigram.__file__).parent
+    paths = {_module_name(path, root): path for path in sorted(root.rglob("*.py"))}
+    texts = {name: path.read_text("utf-8") for name, path in paths.items()}
+    names = reachable([ENTRY], texts, {name for name, path in paths.items() if path.name == "__init__.py"})
+    return {f"epigram/{paths[name].relative_to(root).as_posix()}": texts[name] for name in sorted(names)}
+
+
+def reachable(entries: Iterable[str], texts: Mapping[str, str], packages: Iterable[str] = ()) -> set[str]:
+    """Modules that `entries` import, directly or not, also inside functions.
+
+    texts: dotted name -> source of all modules there are. packages: those of them that are folders. A package that is
+    named in a string (as plug-in folders are) brings all its modules, since their names come from recipes.
+    """
+    packages, found, todo = set(packages), set(), list(entries)
+    while todo:
+        name = todo.pop()
+        if name not in texts or name in found or name in _LEFT_OUT:
+            continue
+        found.add(name)
+        imported, quoted = _names_in(texts[name])
+        for folder in quoted & packages:
+            todo += [other for other in texts if other.rpartition(".")[0] == folder]
+        for target in imported | quoted | {name}:
+            todo += _with_parents(target)
+    return found
+
+
+def _with_parents(name: str) -> list[str]:
+    """a.b.c, a.b and a."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+
+
+def _module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def _names_in(text: str) -> tuple[set[str], set[str]]:
+    """Dotted names of this package that a module imports, and those that it has in strings."""
+    imported, quoted = set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("epigram."):
+            quoted.add(node.value)
+    return {name for name in imported if name.split(".")[0] == "epigram"}, quoted
+
+
+def _readable(files: Mapping[str, str]) -> str:
+    blocks = [f"    {json.dumps(path)}: {_raw(text)},\n" for path, text in files.items()]
+    return "FILES = {\n" + "".join(blocks) + "}\n"
+
+
+def _raw(text: str) -> str:
+    """A literal for `text`: raw, so that it reads as it was written, where that can be."""
+    literal = f"r{_RAW_QUOTES}{text}{_RAW_QUOTES}"
+    fits = _RAW_QUOTES not in text and not {"\r", "\0"} & set(text) and not text.endswith(("\\", "'"))
+    return literal if fits and ast.literal_eval(literal) == text else repr(text)
+
+
+def _packed(files: Mapping[str, str]) -> str:
+    bare = {path: stripped(text) if path.endswith(".py") else text for path, text in files.items()}
+    data = lzma.compress(json.dumps(bare).encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    text = base64.b85encode(data).decode("ascii")
+    return f'FILES = json.loads(lzma.decompress(base64.b85decode("{text}")))\n'
+
+
+def unpacked(script: str) -> dict[str, str] | None:
+    """FILES of a single file, read without running it; None when `script` is no such file of ours.
+
+    Raises UserError for one whose files cannot be read.
+    """
+    tree = ast.parse(script)
+    values = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    if MARK not in values or "FILES" not in values:
+        return None
+    texts = [n.value for n in ast.walk(values["FILES"]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    try:
+        if isinstance(values["FILES"], ast.Dict):
+            files = ast.literal_eval(values["FILES"])
+        else:
+            (packed,) = texts
+            data = lzma.LZMADecompressor().decompress(base64.b85decode(packed), _MOST_BYTES)
+            files = json.loads(data)
+    except (ValueError, lzma.LZMAError, TypeError) as error:
+        raise UserError(f"the files in this script cannot be read: {error}") from error
+    if not isinstance(files, dict) or not all(isinstance(part, str) for pair in files.items() for part in pair):
+        raise UserError("the files in this script are no table of texts")
+    return files
+
+
+@cache
+def stripped(text: str) -> str:
+    """`text` without comments and docstrings; nothing else differs, which is checked on the syntax tree."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            kept = [statement for statement in body if not _is_remark(statement)]
+            node.body = kept or ([] if isinstance(node, ast.Module) else [ast.Pass()])  # type: ignore[attr-defined]
+    bare = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    assert ast.dump(ast.parse(bare)) == ast.dump(tree), "taking out comments changed the program"
+    return bare
+
+
+def _is_remark(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

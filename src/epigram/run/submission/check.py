@@ -1,0 +1,83 @@
+"""`epigram check`: all that can be found about a record folder."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from epigram.errors import UserError
+from epigram.run.submission import rules
+from epigram.run.submission.bundle import MARK
+from epigram.run.submission.conditions import probe
+from epigram.run.submission.execute import execute
+from epigram.run.submission.findings import ERROR, Finding
+from epigram.run.submission.record import Record, read_record
+from epigram.run.submission.rules import Against, Limits
+
+
+def check(
+    folder: Path, *, limits: Limits | None = None, against: str | None = None, run_script: bool = False
+) -> dict[str, Any]:
+    """Findings about a record folder, ours or anybody's, as plain values; `valid` when none is an error.
+
+    against: a record to beat, its mean in nats a token or its folder. run_script: run train_gpt.py, which is foreign
+    code; see `epigram.run.submission.execute`. Raises UserError when there is no such folder.
+    """
+    record = read_record(folder)
+    found = list(_findings(record, limits or Limits(), read_against(against), run_script))
+    rows = [{**asdict(finding), "severity": finding.severity, "action": finding.action} for finding in found]
+    return {
+        "folder": str(folder),
+        "valid": not any(finding.severity == ERROR for finding in found),
+        "findings": rows,
+        "executed": run_script,
+        "seeds": [log.seed for log in record.logs],
+    }
+
+
+def read_against(record: str | None) -> Against | None:
+    """A number is a mean in nats a token; else it is a record folder with logs, or with a val_loss for each seed."""
+    if record is None:
+        return None
+    try:
+        return Against(name=f"the record of {record} nats", nats=(float(record),))
+    except ValueError:
+        pass
+    other = read_record(Path(record))
+    nats = [log.val_nats for log in other.logs if log.val_nats is not None]
+    if not nats:
+        rows = (other.json or {}).get("seed_results")
+        values = rows.values() if isinstance(rows, dict) else []
+        nats = [float(row["val_loss"]) for row in values if isinstance(row, dict) and "val_loss" in row]
+    if not nats:
+        raise UserError(f"{record} says no val_loss in logs or submission.json: give the record's mean in nats instead")
+    return Against(name=record, nats=tuple(nats))
+
+
+def _findings(record: Record, limits: Limits, against: Against | None, run_script: bool) -> Iterator[Finding]:
+    yield from rules.files(record)
+    yield from rules.figures(record)
+    yield from rules.sizes(record, limits)
+    yield from rules.times(record, limits)
+    yield from rules.calibration(record)
+    yield from rules.code(record)
+    yield from rules.significance(record, against)
+    for path in record.artifacts.values():
+        yield from probe(path)
+    if not record.artifacts:
+        message = "there is no artifact of ours in the folder, so its conditions were not probed"
+        yield Finding(rule="condition.untested", message=message)
+    if run_script and record.script is not None:
+        yield from execute(record, is_ours=f"\n{MARK} = " in record.script)
+    elif record.script is not None:
+        yield Finding(rule="run.untested", message="train_gpt.py was read and not run")
+
+
+def print_check(result: dict[str, Any]) -> None:
+    """The same as lines, errors first."""
+    order = ("error", "warning", "note")
+    for row in sorted(result["findings"], key=lambda row: order.index(row["severity"])):
+        print(f"{row['severity']}: {row['rule']}: {row['message']}; {row['action']}")
+    errors = sum(row["severity"] == ERROR for row in result["findings"])
+    verdict = "nothing speaks against it" if result["valid"] else f"not valid, {errors} error(s)"
+    print(f"{result['folder']}: {len(result['seeds'])} log(s), {verdict}")

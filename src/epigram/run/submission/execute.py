@@ -1,0 +1,148 @@
+"""Runs a record's script, which is foreign code: in a subprocess, in an empty folder, with a time limit, and with
+connections refused.
+
+This is no sandbox. A hook of Python's own audit refuses connections and name look-ups, and where Linux lets it, the
+process gets a network of its own without any interface; the file system is open to it. A script of ours is trained and
+scored on made-up tokens in a tiny setting; of any other only the import is tried.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epigram.artifact import tensors as artifact
+from epigram.data.shards import shard_name, write_shard
+from epigram.errors import UserError
+from epigram.run.submission.findings import Finding
+from epigram.run.submission.record import Record
+
+LIMIT_S = 300
+_TOKENS = {"train": 20_000, "val": 1_001}
+_LENGTH = 64
+_GUARD = """
+import os, sys
+
+def _refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        with open(os.environ["RECORD_GUARD_LOG"], "a") as file:
+            file.write(event + " " + repr(arguments[1:]) + "\\n")
+        raise PermissionError("no network while a record is checked")
+
+sys.addaudithook(_refuse)
+"""
+
+
+def execute(record: Record, is_ours: bool) -> Iterator[Finding]:
+    """Findings of running train_gpt.py."""
+    with tempfile.TemporaryDirectory(prefix="epigram-check-") as scratch:
+        runner = _Runner(Path(scratch), record.folder / "train_gpt.py")
+        if is_ours:
+            yield from _train_and_score(record, runner)
+        else:
+            code = "import runpy; runpy.run_path('train_gpt.py', run_name='imported')"
+            if problem := runner.run("-c", code):
+                yield Finding(rule="run.import", message=f"importing train_gpt.py in an empty folder: {problem}")
+            message = "the script's interface is not known, so it was imported and not run"
+            yield Finding(rule="run.untested", message=message)
+        for line in runner.connections():
+            yield Finding(rule="run.network", message=f"train_gpt.py tried {line}")
+
+
+class _Runner:
+    """Runs Python with a copy of the script in an empty folder, guarded."""
+
+    def __init__(self, scratch: Path, script: Path) -> None:
+        self.folder, self._guard = scratch / "work", scratch / "guard"
+        self.folder.mkdir()
+        self._guard.mkdir()
+        (self._guard / "sitecustomize.py").write_text(_GUARD)
+        self._log = scratch / "connections"
+        shutil.copyfile(script, self.folder / script.name)
+        self._prefix = _own_network()
+        self.output = ""
+
+    def run(self, *arguments: str) -> str | None:
+        """None, or what went wrong in a line."""
+        environment = {key: value for key, value in os.environ.items() if key not in ("DATA_PATH", "SEED", "RUN_ID")}
+        environment |= {"PYTHONPATH": str(self._guard), "RECORD_GUARD_LOG": str(self._log), "CUDA_VISIBLE_DEVICES": ""}
+        try:
+            done = subprocess.run(
+                [*self._prefix, sys.executable, *arguments],
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=LIMIT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return f"it had not ended after {LIMIT_S} s"
+        self.output = done.stdout
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return lines[-1] if done.returncode else None
+
+    def connections(self) -> list[str]:
+        """What was refused."""
+        return sorted(set(self._log.read_text().splitlines())) if self._log.exists() else []
+
+
+def _own_network() -> list[str]:
+    """A prefix that gives a process a network without interfaces; empty where this machine has no such thing."""
+    prefix = ["unshare", "-rn"]
+    if shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+        return prefix
+    return []
+
+
+def _train_and_score(record: Record, runner: _Runner) -> Iterator[Finding]:
+    if problem := runner.run("train_gpt.py", "--recipe"):
+        yield Finding(rule="run.import", message=f"train_gpt.py --recipe in an empty folder: {problem}")
+        return
+    recipe = tomllib.loads(runner.output)
+    if not record.artifacts:
+        yield Finding(rule="run.untested", message="no artifact brings a tokenizer, so no tiny training was tried")
+        return
+    path = record.artifacts[min(record.artifacts)]
+    try:
+        proto = artifact.load(path).tokenizer_proto
+    except UserError:
+        return  # the probes of the artifact tell
+    if proto is None:
+        yield Finding(rule="run.untested", message=f"{path.name} brings no tokenizer, so no tiny training was tried")
+        return
+    data = _made_up(runner.folder.parent / "data", proto, recipe["model"]["vocab_size"])
+    tiny = [word for change in _tiny(recipe) for word in ("--set", change)]
+    command = ["train_gpt.py", "--data", str(data), "--device", "cpu", *tiny]
+    if problem := runner.run(*command, "--out", "run"):
+        yield Finding(rule="run.train", message=f"a tiny training run: {problem}")
+    for shard in data.glob("*_train_*.bin"):
+        shard.unlink()  # scoring must do without
+    if problem := runner.run(*command, "--score", str(path.resolve())):
+        yield Finding(rule="run.train", message=f"scoring {path.name} without training shards: {problem}")
+
+
+def _made_up(folder: Path, proto: bytes, vocab_size: int) -> Path:
+    """A data folder of random tokens, with the tokenizer of the artifact."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for split, count in _TOKENS.items():
+        write_shard(folder / shard_name(split, 0), draw.integers(vocab_size, size=count).astype(np.uint16), split)
+    (folder / "tokenizer.model").write_bytes(proto)
+    return folder
+
+
+def _tiny(recipe: dict[str, Any]) -> list[str]:
+    """Settings that make a recipe a matter of seconds on a CPU; what is trained and how stays as it is."""
+    changes = [f"lanes.{i}.{key}" for i in range(len(recipe["lanes"])) for key in (f"seq_len={_LENGTH}", "num_seqs=1")]
+    changes += ["budget.clock=steps", "budget.steps=2", "budget.train_s=600", "budget.score_s=600"]
+    changes += ["quant.calibration.num_windows=2", f"quant.calibration.seq_len={_LENGTH}"]
+    changes += [f"score.seq_len={_LENGTH}", f"score.stride={_LENGTH // 2}", "score.batch_tokens=1024"]
+    return [*changes, "run.compile=off", "run.sample_tokens=0", "run.val_every=0"]

@@ -1,0 +1,250 @@
+"""`epigram submit`: a record folder in the form that parameter-golf publishes, from finished runs of one recipe.
+
+    README.md            what it is, tables made from the logs, how to run it again
+    submission.json      the same for programs
+    train_gpt.py         the package and the recipe in one file
+    train_seed<N>.log    facts of the machine, the recipe as resolved, and the run's log
+    model_seed<N>.epigram   the artifact, unless it is left out
+    requirements.txt     libraries in the versions that the runs used
+
+What counts against the cap is the size of `train_gpt.py` as it lies in the folder and that of each artifact.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from epigram.artifact.size import CapCheck
+from epigram.config import Config, load_recipe, to_tree
+from epigram.errors import UserError
+from epigram.run import statistics
+from epigram.run.compare import by_seed, read_scored, require_comparable
+from epigram.run.export import over_budget
+from epigram.run.record import CONFIG, ENVIRONMENT, LOG, RESULT
+from epigram.run.submission.bundle import shipped_sources, single_file
+from epigram.run.submission.logs import LogFacts, read_log
+from epigram.run.submission.readme import readme
+from epigram.run.submission.requirements import requirements
+from epigram.run.weights import ARTIFACT
+
+SCRIPT, README, JSON, REQUIREMENTS = "train_gpt.py", "README.md", "submission.json", "requirements.txt"
+TRACKS = ("track_10min_16mb", "track_non_record_16mb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What only its author can say of a record. name: of the entry, by default the recipe's. date: ISO, by default
+    today. record_nats: mean nats a token of the record that is to be beaten, None to leave that out."""
+
+    author: str
+    github_id: str
+    name: str = ""
+    blurb: str = ""
+    track: str = TRACKS[0]
+    date: str = ""
+    record_nats: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.author.strip() or not self.github_id.strip():
+            raise UserError("a record names its author and the author's GitHub id")
+        if self.track not in TRACKS:
+            raise UserError(f"track = {self.track!r} must be one of {', '.join(TRACKS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A finished run: its folder, seed, resolved config, result and environment."""
+
+    path: Path
+    seed: int
+    config: Config
+    result: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def submit(
+    runs: Sequence[Path], out: Path, about: About, *, form: str = "packed", artifacts: bool = True
+) -> dict[str, Any]:
+    """Write the record folder `out` from one run a seed; returns what submission.json holds.
+
+    form: of train_gpt.py, see `epigram.run.submission.bundle`. artifacts: put the packed models into the folder.
+    Raises UserError for runs that are unfinished, over a limit, of several recipes, or too large with this code; then
+    nothing is written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another folder")
+    sources = read_runs(runs)
+    config = _shared_config(sources)
+    code = single_file(config, form)
+    _require_fit(sources, len(code))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        beside = Path(scratch) / "record"
+        beside.mkdir()
+        (beside / SCRIPT).write_bytes(code)
+        facts = [_write_run(source, beside, artifacts) for source in sources]
+        on_gpu = bool(sources[0].environment.get("gpus"))
+        versions = sources[0].environment.get("versions", {})
+        needed = requirements(shipped_sources().values(), versions, on_gpu=on_gpu)
+        (beside / REQUIREMENTS).write_text(needed, "utf-8")
+        found = _metadata(about, sources, facts, code, form)
+        (beside / JSON).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        (beside / README).write_text(readme(found, facts, config, sources[0].environment), "utf-8")
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    return found
+
+
+def read_runs(runs: Sequence[Path]) -> list[Source]:
+    """The runs in the order of their seeds. Raises UserError for what cannot be one side of a comparison."""
+    scored = [read_scored(path) for path in runs]
+    require_comparable(scored)
+    by_seed(scored, "nats")
+    sources = []
+    for path, score in zip(runs, scored, strict=True):
+        result = json.loads((path / RESULT).read_text("utf-8"))
+        config = load_recipe(str(path / CONFIG))
+        for key in ("exported_from", "artifact_sha256", "artifact_bytes", "calibration"):
+            if (key in result) == (key == "exported_from"):
+                raise UserError(f"{path} is no run from training to score in one go by this release: train it again")
+        if problems := over_budget(config, result):
+            raise UserError(f"{path} is no valid run: {'; '.join(problems)}")
+        if config.budget.clock == "replay":
+            raise UserError(f"{path} replayed the clock of another run, so its time is not its own: train it again")
+        facts = json.loads((path / ENVIRONMENT).read_text("utf-8"))
+        sources.append(Source(path=path, seed=score.seed, config=config, result=result, environment=facts))
+    return sorted(sources, key=lambda source: source.seed)
+
+
+def _shared_config(sources: Sequence[Source]) -> Config:
+    """The recipe of all runs; they may differ in their seed, and in the bytes of code that they expected."""
+    plain = [_without_seed(source.config) for source in sources]
+    for source, tree in zip(sources, plain, strict=True):
+        if tree != plain[0]:
+            keys = ", ".join(sorted(key for key in tree if tree[key] != plain[0][key]))
+            raise UserError(f"{source.path} has other settings than {sources[0].path} (in {keys}): one recipe a record")
+    return sources[0].config
+
+
+def _without_seed(config: Config) -> dict[str, Any]:
+    return to_tree(replace(config, seed=0, artifact=replace(config.artifact, code_bytes=0)))
+
+
+def _require_fit(sources: Sequence[Source], code_bytes: int) -> None:
+    """Raise UserError if any seed is over its cap with the code as it ships."""
+    for source in sources:
+        size = source.result["artifact_bytes"]
+        check = CapCheck(artifact_bytes=size, code_bytes=code_bytes, cap_bytes=source.config.artifact.cap_bytes)
+        if not check.fits:
+            raise UserError(
+                f"{source.path} does not fit with its code: {check}; train with --set artifact.code_bytes={code_bytes} "
+                "--set artifact.over_cap=shrink, or take --form packed"
+            )
+
+
+def _write_run(source: Source, folder: Path, artifacts: bool) -> LogFacts:
+    """The log, and the artifact, of one seed; returns what the log says."""
+    path = folder / f"train_seed{source.seed}.log"
+    facts = source.environment
+    head = {
+        "command": " ".join(["epigram", *map(str, facts.get("command", [])[1:])]),
+        "commit": json.dumps(facts.get("commit")),
+        "versions": " ".join(f"{name}={version}" for name, version in facts.get("versions", {}).items()),
+        "platform": facts.get("platform"),
+        "cpu": facts.get("cpu"),
+        "gpus": ", ".join(gpu["name"] for gpu in facts.get("gpus", [])) or "none",
+        "driver": facts.get("driver"),
+        "seed": source.seed,
+    }
+    lines = [f"{key}: {value}" for key, value in head.items()]
+    recipe = (source.path / CONFIG).read_text("utf-8").rstrip()
+    log = (source.path / LOG).read_text("utf-8")
+    path.write_text("\n".join([*lines, "", "recipe as resolved:", recipe, "", "log:", log]), "utf-8")
+    artifact = source.path / ARTIFACT
+    if hashlib.sha256(artifact.read_bytes()).hexdigest() != source.result["artifact_sha256"]:
+        raise UserError(f"{artifact} is not the file that the run scored: train again")
+    if artifacts:
+        shutil.copyfile(artifact, folder / f"model_seed{source.seed}.epigram")
+    return read_log(path)
+
+
+def _metadata(
+    about: About, sources: Sequence[Source], facts: Sequence[LogFacts], code: bytes, form: str
+) -> dict[str, Any]:
+    """What submission.json holds; every figure of a run comes from its log."""
+    config, environment = sources[0].config, sources[0].environment
+    nats = [_said(log.val_nats, log, "a final score") for log in facts]
+    bpb = [_said(log.val_bpb, log, "a final score") for log in facts]
+    sizes = [int(_said(log.artifact_bytes, log, "the artifact's bytes")) for log in facts]
+    mean, spread = statistics.summarize(bpb), statistics.summarize(nats)
+    found: dict[str, Any] = {
+        "author": about.author,
+        "github_id": about.github_id,
+        "name": about.name or config.recipe,
+        "blurb": about.blurb or config.summary,
+        "date": about.date or date.today().isoformat(),
+        "track": about.track,
+        "val_loss": spread.mean,
+        "val_bpb": mean.mean,
+        "val_loss_std": spread.sd,
+        "val_bpb_std": mean.sd,
+        "scored": facts[0].label,
+        "seeds": [source.seed for source in sources],
+        "seed_results": {str(s.seed): _row(log, len(code)) for s, log in zip(sources, facts, strict=True)},
+        "bytes_code": len(code),
+        "bytes_model": max(sizes),
+        "bytes_total": max(sizes) + len(code),
+        "bytes_cap": config.artifact.cap_bytes,
+        "code_form": form,
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+        "hardware": _hardware(sources[0]),
+        "pytorch_version": environment.get("versions", {}).get("torch"),
+        "limits": {"train_s": config.budget.train_s, "score_s": config.budget.score_s},
+        "calibration": sources[0].result["calibration"],
+        "compliance": {
+            "claimed": ["strict prefix", "normalised", "scored before any update", "one pass from left to right"],
+            "tested_by": "epigram check",
+        },
+    }
+    if about.record_nats is not None:
+        test = statistics.compare_with_number(nats, about.record_nats, statistics.RECORD_NATS)
+        found["record"] = {"val_loss": about.record_nats, **asdict(test)}
+    return found
+
+
+def _hardware(source: Source) -> str:
+    """The device that the run computed on, and how many processes of it there were."""
+    processes = re.search(r"(\d+) process", source.result.get("paths", {}).get("lanes", ""))
+    gpus = [gpu["name"] for gpu in source.environment.get("gpus", [])]
+    device = gpus[0] if gpus and source.result["paths"].get("device") != "cpu" else source.environment.get("cpu")
+    return f"{processes[1] if processes else 1} x {device}"
+
+
+def _row(log: LogFacts, code_bytes: int) -> dict[str, Any]:
+    assert log.artifact_bytes is not None
+    return {
+        "val_loss": log.val_nats,
+        "val_bpb": log.val_bpb,
+        "steps": log.steps,
+        "train_s": log.train_s,
+        "calibrate_s": log.calibrate_s,
+        "quantize_s": log.quantize_s,
+        "score_s": log.score_s,
+        "bytes_model": log.artifact_bytes,
+        "bytes_total": log.artifact_bytes + code_bytes,
+        "model_sha256": log.sha256,
+    }
+
+
+def _said(value: float | None, log: LogFacts, what: str) -> float:
+    if value is None:
+        raise UserError(f"{log.name} does not say {what}: the run was made by another release, train it again")
+    return value

@@ -1,0 +1,221 @@
+"""`epigram check`: nothing is found in what submit made, and each broken folder gives the finding that it should."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from record_helpers import CAP
+
+from epigram.errors import UserError
+from epigram.run.submission import conditions, rules
+from epigram.run.submission.check import check
+from epigram.run.submission.findings import RULES
+from epigram.run.submission.rules import Limits
+
+LIMITS = Limits(cap_bytes=CAP)
+
+
+def found(folder: Path, **options) -> dict[str, str]:
+    """Rule -> message of all findings but notes."""
+    result = check(folder, limits=options.pop("limits", LIMITS), **options)
+    return {row["rule"]: row["message"] for row in result["findings"] if row["severity"] != "note"}
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def set_json(folder: Path, **values) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def drop_json(folder: Path, key: str) -> None:
+    path = folder / "submission.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+def drop_final_scores(folder: Path) -> None:
+    log = folder / "train_seed1.log"
+    log.write_text("\n".join(line for line in log.read_text().splitlines() if "_exact" not in line))
+
+
+def drop_from_log(folder: Path, start: str) -> None:
+    log = folder / "train_seed1.log"
+    log.write_text("\n".join(line for line in log.read_text().splitlines() if not line.startswith(start)))
+
+
+def another_script(folder: Path, code: str) -> None:
+    (folder / "train_gpt.py").write_text(code)
+    set_json(folder, bytes_code=len(code))
+
+
+def remove(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def logged_bpb(folder: Path) -> str:
+    row = json.loads((folder / "submission.json").read_text())["seed_results"]["1"]
+    return f"{row['val_bpb']:.8f}"
+
+
+def changed_row(folder: Path) -> None:
+    rows = json.loads((folder / "submission.json").read_text())["seed_results"]
+    rows["1"]["val_bpb"] -= 0.01
+    set_json(folder, seed_results=rows)
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "files.missing": lambda f: remove(f, "requirements.txt"),
+    "json.unreadable": lambda f: (f / "submission.json").write_text("{"),
+    "json.fields": lambda f: drop_json(f, "github_id"),
+    "json.mean": lambda f: set_json(f, val_bpb=1.0),
+    "log.missing": lambda f: [path.unlink() for path in f.glob("*.log")],
+    "log.score": drop_final_scores,
+    "log.seeds": lambda f: set_json(f, seeds=[1, 2]),
+    "log.json": changed_row,
+    "log.readme": lambda f: change(f / "README.md", logged_bpb(f), "1.00000000"),
+    "size.counted": lambda f: set_json(f, bytes_code=34_101),
+    "size.artifact": lambda f: shutil.copyfile(f / "model_seed2.epigram", f / "model_seed1.epigram"),
+    "time.train": lambda f: change(f / "train_seed2.log", " train_s:", " train_s:60"),
+    "time.score": lambda f: change(f / "train_seed2.log", " score_s:", " score_s:60"),
+    "time.unknown": lambda f: drop_from_log(f, "final_times"),
+    "calibration.source": lambda f: change(f / "train_seed3.log", "kind:train split:train", "kind:text split:val"),
+    "calibration.unknown": lambda f: drop_from_log(f, "final_calibration"),
+    "code.syntax": lambda f: another_script(f, "def f(:\n"),
+    "code.requirements": lambda f: change(f / "requirements.txt", "sentencepiece", "something-else"),
+    "code.network": lambda f: another_script(f, "import urllib.request\n"),
+    "code.pickle": lambda f: another_script(f, "import torch\nw = torch.load('m')\n"),
+    "significance.seeds": lambda f: [p.unlink() for p in f.glob("*seed3*")],
+}
+
+
+def test_what_submit_made_is_valid(good: Path):
+    """With its script trained and scored in a tiny setting, without a network."""
+    result = check(good, limits=LIMITS, run_script=True)
+    assert result["findings"] == []
+    assert (result["valid"], result["executed"]) == (True, True)
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_folder_has_its_finding(record: Path, rule: str, monkeypatch):
+    monkeypatch.setattr("epigram.run.submission.check.probe", lambda path: iter(()))  # tested below
+    BROKEN[rule](record)
+    assert rule in found(record)
+
+
+def test_every_rule_is_tested():
+    here = Path(__file__).read_text()
+    assert [rule for rule in RULES if f'"{rule}"' not in here] == []
+
+
+def test_the_cap_holds_for_each_seed(record: Path):
+    """One seed of three is too large; and every file with code counts."""
+    code = (record / "train_gpt.py").stat().st_size
+    sizes = sorted((record / f"model_seed{seed}.epigram").stat().st_size for seed in (1, 2, 3))
+    assert "size.cap" not in found(record, limits=Limits(cap_bytes=code + sizes[-1]))
+    assert "1 over the cap" in found(record, limits=Limits(cap_bytes=code + sizes[-1] - 1))["size.cap"]
+    (record / "helper.py").write_text("x = 1\n")
+    assert "size.cap" in found(record, limits=Limits(cap_bytes=code + sizes[-1]))
+    for path in record.glob("*.epigram"):
+        path.unlink()
+    drop_from_log(record, "final_bytes")
+    assert "does not say" in found(record)["size.unknown"]
+    assert any(row["rule"] == "condition.untested" for row in check(record, limits=LIMITS)["findings"])
+
+
+def test_another_package_in_the_script_is_noted(record: Path, monkeypatch):
+    monkeypatch.setattr(rules, "shipped_sources", lambda: {"epigram/loss.py": "x = 1"})
+    notes = [row for row in check(record, limits=LIMITS)["findings"] if row["rule"] == "code.package"]
+    assert "another package" in notes[0]["message"]
+
+
+def test_a_record_to_beat(good: Path, record: Path):
+    mean = json.loads((good / "submission.json").read_text())["val_loss"]
+    assert "significance.record" not in found(good, against=str(mean + 2))
+    assert "p = " in found(good, against=str(mean + 0.001))["significance.record"]
+    assert "by welch" in found(good, against=str(record))["significance.record"]
+    with pytest.raises(UserError, match="there is no record folder"):
+        check(good, against="nowhere")
+
+
+# -- running it --------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_calls_home(record: Path):
+    another_script(record, "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)\n")
+    rules_found = found(record, run_script=True)
+    assert "run.network" in rules_found
+    assert "run.import" in rules_found
+
+
+def test_another_script_is_imported_and_no_more(record: Path):
+    another_script(record, "import torch\nif __name__ == '__main__':\n    raise SystemExit(1)\n")
+    result = check(record, limits=LIMITS, run_script=True)
+    assert [row["rule"] for row in result["findings"]] == ["run.untested"]
+
+
+def test_a_script_of_ours_that_cannot_train(record: Path):
+    script = record / "train_gpt.py"
+    change(
+        script, "    main(__file__)\n", "    if '--out' in sys.argv:\n        sys.exit('broken')\n    main(__file__)\n"
+    )
+    set_json(record, bytes_code=script.stat().st_size, bytes_total=CAP)
+    assert found(record, run_script=True) == {"run.train": "a tiny training run: broken"}
+
+
+# -- conditions --------------------------------------------------------------------------------------------------------
+
+
+def probe_with(good: Path, monkeypatch, loss) -> set[str]:
+    """Findings of the probes with another loss in place of the model's."""
+
+    def windows_loss(model):
+        return lambda tokens, targets, *, rope_len, last: loss(model, tokens, targets, last)
+
+    monkeypatch.setattr(conditions, "windows_loss", windows_loss)
+    return {finding.rule for finding in conditions.probe(good / "model_seed1.epigram")}
+
+
+def honest(model, tokens, targets, last):
+    return model.nll(tokens, targets, last=last)
+
+
+def test_an_honest_loss_passes(good: Path, monkeypatch):
+    assert probe_with(good, monkeypatch, honest) == set()
+
+
+def test_a_loss_that_looks_ahead(good: Path, monkeypatch):
+    def leaky(model, tokens, targets, last):
+        nll = model.nll(tokens, targets)
+        nll = nll + 0.01 * torch.roll(targets, -1, dims=1) % 7
+        return nll if last is None else nll[:, -last:]
+
+    assert "condition.prefix" in probe_with(good, monkeypatch, leaky)
+
+
+def test_a_loss_that_is_no_distribution(good: Path, monkeypatch):
+    assert "condition.normalised" in probe_with(good, monkeypatch, lambda *a: 0.9 * honest(*a))
+
+
+def test_a_scorer_that_counts_twice(good: Path, monkeypatch):
+    real = conditions.score
+
+    def twice(nll, tokens, *rest, **options):
+        import numpy as np
+
+        return real(nll, np.concatenate([tokens, tokens[-3:]]), *rest, **options)
+
+    monkeypatch.setattr(conditions, "score", twice)
+    assert {f.rule for f in conditions.probe(good / "model_seed1.epigram")} == {"condition.once"}
+
+
+def test_a_damaged_artifact(record: Path):
+    path = record / "model_seed1.epigram"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "cannot be read" in found(record)["size.artifact"]
