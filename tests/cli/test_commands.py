@@ -56,8 +56,8 @@ def assert_one_sentence(outcome: Outcome, *parts: str) -> None:
 
 def test_these_are_the_commands():
     assert {" ".join(words) for words, _ in COMMANDS} == {
-        "train", "export", "score", "generate", "data", "data build", "data check", "data fetch", "describe", "report",
-        "bench", "doctor",
+        "train", "export", "score", "generate", "data", "data build", "data check", "data fetch", "describe", "compare",
+        "report", "submit", "check", "bench", "doctor",
     }  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_a_folder_in_use(shell: Shell, data_path: Path, finished: Path):
 
 def test_over_a_limit(shell: Shell, finished: Path, tmp_path: Path):
     found = shell("export", finished, "--out", tmp_path / "out", "--set", "artifact.cap_bytes=20000", "--json")
-    assert_one_sentence(found, "bytes of 20,000", str(tmp_path / "out"))
+    assert_one_sentence(found, "too many bytes", "artifact.over_cap", str(tmp_path / "out"))
     assert result_of(tmp_path / "out")["status"] == "finished"
     assert (tmp_path / "out" / "model.epigram").exists()
 
