@@ -1,7 +1,7 @@
 """How long a lane takes by its length and number of sequences, and which numbers would take equally long.
 
-A step is over when the slowest process is. Where each process has one lane, as in parameter-golf #1212 with 36 x 2048 and
-10 x 6144, the numbers of sequences decide who waits for whom; which numbers are right depends on the machine.
+A step is over when the slowest process is. Where each process has one lane, as in parameter-golf #1212 with 36 x 2048
+and 10 x 6144, the numbers of sequences decide who waits for whom; which numbers are right depends on the machine.
 """
 
 from collections.abc import Mapping, Sequence
