@@ -280,6 +280,10 @@ class Config:
                 f"({self.context_len}): calibrate at lengths that were trained"
             )
 
+        limits, layers = self.score.streaming.limits, self.model.num_layers
+        if limits and len(limits) != layers:
+            yield f"score.streaming.limits has {len(limits)} numbers, the model {layers} layers: give one for each"
+
     @property
     def flat_lanes(self) -> tuple[Lane, ...]:
         """Every lane of a step, in the order of the recipe."""

@@ -99,16 +99,20 @@ def test_a_window_costs_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs.clear()
     sdpa.attend(q[:, -3:], k, v, 50)
     assert pairs == [3 * 53]
+    pairs.clear()
+    sdpa.attend(q[:, 100:], k, v, 50)  # a chunk of a stream
+    assert sum(pairs) <= 900 * 100
 
 
+@pytest.mark.parametrize("before", [0, 100, 128])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 700, 1024])
 @pytest.mark.parametrize("window", [0, 1, 100, 128, 300, 512, 5000])
-def test_tile_map_equals_the_mask(length: int, window: int) -> None:
+def test_tile_map_equals_the_mask(length: int, window: int, before: int) -> None:
     """A tile is left out exactly when no pair in it is visible, and unmasked only when all are."""
-    mask = flex.block_mask(length, length, window, torch.device("cpu"))
-    tiles = -(-length // 128)
-    visible = band_mask(length, length, window, "cpu")
-    partial, full = (torch.zeros(tiles, tiles, dtype=torch.bool) for _ in range(2))
+    mask = flex.block_mask(length, before + length, window, torch.device("cpu"))
+    tiles, columns = -(-length // 128), -(-(before + length) // 128)
+    visible = band_mask(length, before + length, window, "cpu")
+    partial, full = (torch.zeros(tiles, columns, dtype=torch.bool) for _ in range(2))
     for chosen, count, order in (
         (partial, mask.kv_num_blocks, mask.kv_indices),
         (full, mask.full_kv_num_blocks, mask.full_kv_indices),
@@ -116,7 +120,7 @@ def test_tile_map_equals_the_mask(length: int, window: int) -> None:
         for row in range(tiles):
             chosen[row, order[0, 0, row, : int(count[0, 0, row])].long()] = True
     for row in range(tiles):
-        for column in range(tiles):
+        for column in range(columns):
             tile = visible[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
             assert bool(tile.any()) == bool(partial[row, column] | full[row, column])
             if full[row, column]:

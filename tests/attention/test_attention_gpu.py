@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from types import ModuleType
 
@@ -92,6 +93,17 @@ def test_backend_agrees_with_float64(name: str, length: int, window: int, heads:
     for packed in (True, False) if name != "flex" or length == 1000 else (True,):
         found = output_and_gradients(attend, inputs(length, heads, packed=packed), window)
         assert_near(found, exact, RELATIVE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("before", [1, 100, 511])
+@pytest.mark.parametrize("name", plugin.names(PACKAGE))
+def test_queries_that_follow_keys(name: str, before: int) -> None:
+    """A chunk of a stream: the last queries alone, all of whose keys are there."""
+    asked = replace(request(window=511), longer_keys=True, backward=False)
+    attend = ready(name, asked)
+    q, k, v = (x.detach() for x in inputs(1200))
+    exact = reference.attend(q.double(), k.double(), v.double(), 511)[:, before:]
+    assert_near([attend(q[:, before:], k, v, 511)], [exact], RELATIVE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("window", [0, 100])

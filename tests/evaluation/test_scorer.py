@@ -9,7 +9,7 @@ import torch
 
 from epigram.byte_tables import ByteTables
 from epigram.errors import DataError, UserError
-from epigram.evaluation import bpb, scorer
+from epigram.evaluation import bpb, passes, scorer
 from epigram.evaluation.windows import Method, plan_windows
 
 VOCAB, WIDTH, NUM_TOKENS = 17, 6, 200
@@ -267,8 +267,8 @@ def test_nothing_waits_for_the_device():
     table = table.to(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batches = scorer._batches(tokens, plan, 4, SLIDING, device)
-        nats, counted = scorer._sum_losses(bigram, batches, SLIDING, device, None)
+        found = passes.parts(bigram, tokens, plan, SLIDING, batch_tokens=100, world_size=1, device=device)
+        nats, counted = scorer.sum_losses(found, device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert nats.item() == pytest.approx(expected, rel=ORDER)

@@ -9,11 +9,14 @@ from parity import FLOOR, Place, assert_as_good
 from torch import Tensor
 
 from epigram import capability
+from epigram.attention import sdpa
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.kernels import base
 from epigram.kernels.base import PLAIN, Kernels, choose
 from epigram.kernels.products.base import Dims
+from epigram.model import gpt
+from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
 
@@ -164,6 +167,25 @@ def test_scoring(place: Place, last: int | None, backout: int, monkeypatch):
     if last is not None:
         dense, found = (scored(model, tokens, PLAIN, torch.float64, end)["nats"] for end in (None, last))
         torch.testing.assert_close(found, dense[:, -last:], rtol=1e-5, atol=0)
+
+
+@BEST_PRECISION
+def test_streaming(place: Place, monkeypatch):
+    """Chunk after chunk through a cache."""
+    monkeypatch.setattr(gpt, "_FEW", 1)
+    model = model_of(published(place), place)
+    tokens = batch(place, model.config)
+    model.attend_window = model.attend = sdpa.attend
+
+    def streamed(model: GPT, kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
+        model.kernels, model.compute_dtype = kernels, dtype
+        cache = Cache(model.config, 9 if not place.is_large else 300)
+        pieces = [x.split(tokens.shape[1] // 3, dim=1) for x in (tokens[:, :-1], tokens[:, 1:])]
+        with torch.no_grad():
+            found = [model.nll(*chunk, cache=cache) for chunk in zip(*pieces, strict=True)]
+        return {"nats": torch.cat(found, dim=1)}
+
+    check(model, place, kernels_here(place, monkeypatch), streamed)
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_over_the_cap_fails_when_all_is_done(finished: Path, tmp_path: Path):
     result = result_of(tmp_path / "out")
     assert result["status"] == "finished"
     assert result["total_bytes"] > result["cap_bytes"] == 20_000
-    assert set(result["scores"]["quantized"]) == {"blocks", "sliding"}
+    assert set(result["scores"]["quantized"]) == {"blocks", "sliding", "streaming"}
     assert artifact.load(tmp_path / "out" / "model.epigram").cap_bytes == 20_000
 
 

@@ -16,6 +16,7 @@ from epigram.dist.context import Context
 from epigram.errors import DataError
 from epigram.evaluation.windows import Method
 from epigram.run.score import score_split
+from epigram.run.setup import Losses
 
 METHOD = Method(name="blocks", seq_len=16, stride=16)
 
@@ -47,7 +48,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def row(folder: Path, **options) -> dict:
     context = Context(device=torch.device("cpu"))
-    return score_split(nll, open_data(folder), METHOD, context, batch_tokens=64, **options)
+    losses = Losses(windows=nll, stream=lambda method: nll)
+    return score_split(losses, open_data(folder), METHOD, context, batch_tokens=64, **options)
 
 
 def test_a_score_names_the_published_split(folder: Path) -> None:

@@ -39,7 +39,8 @@ class Request:
     """What a layer needs.
 
     capability: the CUDA compute capability (major, minor), None elsewhere. compiled: called inside a compiled graph.
-    backward: gradients are needed, which is not so for scoring.
+    backward: gradients are needed, which is not so for scoring. longer_keys: many queries follow keys of before, as in
+    a streaming score (a few queries of a generation every backend must serve).
     """
 
     device_type: str
@@ -51,6 +52,7 @@ class Request:
     window: int
     compiled: bool = False
     backward: bool = True
+    longer_keys: bool = False
 
 
 Measure = Callable[[Mapping[str, Attend], Request], Mapping[str, float]]

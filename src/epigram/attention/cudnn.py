@@ -29,6 +29,8 @@ def check(request: Request) -> str | None:
         return f"cudnn needs compute capability 8.0, this device has {major}.{minor}"
     if request.window:
         return "cudnn has no windows through torch"
+    if request.longer_keys:
+        return "cudnn's causal mask counts queries from the first key, so none can lie before them"
     if request.dtype not in _DTYPES:
         return f"cudnn needs bfloat16 or float16, not {request.dtype}"
     if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:

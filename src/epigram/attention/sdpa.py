@@ -32,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         window = 0
     if num_queries == num_keys and not window:
         return _call(q, k, v, None, causal=True)
-    if num_queries == num_keys and num_keys >= 2 * window:
+    if window and num_queries >= 2 * window:
         return _banded(q, k, v, window)
     if num_queries == 1:  # the keys that are left are all visible
         return _call(q, k, v, None, causal=False)
@@ -58,9 +58,11 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Blocks of `window` positions as a batch, all with one mask; the first block, which has none before, alone."""
-    length = q.shape[1]
-    first = _call(q[:, :window], k[:, :window], v[:, :window], None, causal=True)
+    """Blocks of `window` positions as a batch, all with one mask; the first block, with what lies before it, alone."""
+    length, before = q.shape[1], k.shape[1] - q.shape[1]  # at most `window` keys before the first query
+    mask = band_mask(window, before + window, window, q.device) if before else None
+    first = _call(q[:, :window], k[:, : before + window], v[:, : before + window], mask, causal=mask is None)
+    k, v = k[:, before:], v[:, before:]
     num_blocks = -(-length // window)
     padding = (0, 0, 0, 0, 0, num_blocks * window - length)  # after the last position; no query sees it
 

@@ -1,6 +1,7 @@
 """`epigram score`: bits per byte of a model on held-out text."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,10 +11,15 @@ from epigram.cli.options import data_option, device_option, finish, json_option
 @click.command("score")
 @click.argument("model", type=click.Path(path_type=Path))
 @data_option(required=True)
-@click.option("--method", "methods", multiple=True, help="blocks or sliding (repeatable); by default both.")
+@click.option("--method", "methods", multiple=True, help="blocks, sliding or streaming (repeatable); by default all.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Tokens in a window; by default the training context.")
 @click.option("--stride", type=click.IntRange(min=1),
               help="Tokens between windows of method sliding; by default an eighth of a window.")  # fmt: skip
+@click.option("--segment-tokens", type=click.IntRange(min=1),
+              help="Tokens of a segment of method streaming; by default 262,144.")  # fmt: skip
+@click.option("--overlap", type=click.IntRange(min=0),
+              help="Windows that each segment reads again of the one before it; by default 2.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=0), default=0, help="Score only so many tokens, from the start.")
 @click.option("--split", default="val", show_default=True, help="Split of the data folder.")
 @click.option(
     "--batch-tokens",
@@ -22,6 +28,7 @@ from epigram.cli.options import data_option, device_option, finish, json_option
     show_default=True,
     help="Tokens in a forward: speed, not score.",
 )
+@click.option("--probe", is_flag=True, help="First put the scorer and the model to the test; fail if either cheats.")
 @device_option()
 @json_option()
 def command(
@@ -30,22 +37,31 @@ def command(
     methods: tuple[str, ...],
     seq_len: int | None,
     stride: int | None,
+    segment_tokens: int | None,
+    overlap: int | None,
+    max_tokens: int,
     split: str,
     batch_tokens: int,
+    probe: bool,
     device: str,
     as_json: bool,
 ) -> None:
     """Score MODEL (a packed file, a run folder or a checkpoint) on the validation split of --data."""
+    from epigram.evaluation.windows import StreamingConfig
     from epigram.run.score import score_model
 
+    given: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
     result = score_model(
         model,
         data_path,
         methods=methods,
         seq_len=seq_len,
         stride=stride,
+        streaming=StreamingConfig(**{name: value for name, value in given.items() if value is not None}),
         split=split,
+        max_tokens=max_tokens,
         batch_tokens=batch_tokens,
         device=device,
+        with_probes=probe,
     )
     finish(result, as_json)

@@ -1,5 +1,6 @@
 """Which process this is, of how many, and on which device: the only place that reads torchrun's environment."""
 
+import importlib
 import os
 import traceback
 from collections.abc import Iterator
@@ -59,6 +60,9 @@ def open_context(device: str = "auto") -> Iterator[Context]:
         with _told(None):
             yield context
         return
+    # Its functions have the group of the moment as a default. Imported later, as torch does when a model is made on the
+    # meta device, it would hold the group for ever, and gloo's threads could abort the process at its end.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     watch.current = watch.Watch(rank, world_size, os.environ.get("MASTER_ADDR", "localhost"))

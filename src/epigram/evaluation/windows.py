@@ -12,36 +12,80 @@ model sees one shape. (Published evaluators either drop the ragged tail or score
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epigram.errors import UserError
 
-METHODS = ("blocks", "sliding")
+METHODS = ("blocks", "sliding", "streaming")
 _MANY_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamingConfig:
+    """How method streaming reads a text: segment after segment, each chunk by chunk, with keys and values carried on.
+
+    segment_tokens: length of a segment. Segments are the same whatever the number of processes, which share them.
+    overlap: each segment reads so many windows of seq_len of the one before again, for context only. chunk_tokens:
+    tokens of a segment that one forward reads, 0 for as many as a forward may have; with fewer, a forward reads several
+    segments at a time (speed, not score). limits: positions that each layer looks back at most, its own included; none
+    for the seq_len of the score everywhere. A windowed layer keeps its window.
+    """
+
+    segment_tokens: int = 1 << 18
+    overlap: int = 2
+    chunk_tokens: int = 0
+    limits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.segment_tokens < 1:
+            problems.append(f"segment_tokens = {self.segment_tokens} must be at least 1")
+        if self.overlap < 0 or self.chunk_tokens < 0:
+            problems.append(f"overlap = {self.overlap} and chunk_tokens = {self.chunk_tokens} must not be negative")
+        if any(limit < 0 for limit in self.limits):
+            problems.append(f"limits = {list(self.limits)} must be positions to look back, or 0 for seq_len")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to score: windows of `seq_len` tokens that start every `stride` tokens. "blocks" has stride =
-    seq_len.
+    """One way to score: windows of `seq_len` tokens that start every `stride` tokens. "blocks" has stride = seq_len.
+    "streaming" reads on through the text, and each token sees the last `seq_len`: the limit of a stride of 1.
 
     `seq_len` is also the length that position encodings are chosen for, whatever a short stream leaves of a
-    window.
+    window. streaming: only for the method of that name.
     """
 
     name: str
     seq_len: int
     stride: int
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
 
     def __post_init__(self) -> None:
         problems = [p for p in (_unknown_method(self.name), *_bad_window(self.seq_len, self.stride)) if p]
-        if self.name == "blocks" and self.stride != self.seq_len:
-            problems.append(f"method blocks has stride = seq_len, not {self.stride} and {self.seq_len}")
+        fixed = {"blocks": self.seq_len, "streaming": 1}.get(self.name, self.stride)
+        if self.stride != fixed:
+            words = "seq_len" if self.name == "blocks" else "1"
+            problems.append(f"method {self.name} has stride = {words}, not {self.stride} and {self.seq_len}")
+        if self.name == "streaming":
+            problems += _bad_segments(self.seq_len, self.streaming)
         if problems:
             raise UserError("; ".join(problems))
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.name == "streaming"
+
+    def plan(self, num_targets: int) -> "WindowPlan":
+        """Who scores what: windows, or the segments of a stream."""
+        if not self.is_streaming:
+            return plan_windows(num_targets, self.seq_len, self.stride)
+        segment = self.streaming.segment_tokens
+        return plan_windows(num_targets, segment, segment - self.streaming.overlap * self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +94,14 @@ class EvalConfig:
 
     methods: from `METHODS`, each gives a line of the result. seq_len: tokens in a window. stride: tokens
     between windows, and so the number that each window scores, in method sliding. batch_tokens: at most this
-    many tokens in one forward (it changes speed and memory, not the score).
+    many tokens in one forward (it changes speed and memory, not the score). streaming: of the method of that name.
     """
 
     seq_len: int
     stride: int
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("blocks", "sliding")
     batch_tokens: int = 65_536
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
 
     def __post_init__(self) -> None:
         problems = [p for p in map(_unknown_method, self.methods) if p] + _bad_window(self.seq_len, self.stride)
@@ -64,6 +109,8 @@ class EvalConfig:
             problems.append(f"methods is empty: name at least one of {', '.join(METHODS)}")
         if len(set(self.methods)) < len(self.methods):
             problems.append(f"methods names one twice: {', '.join(self.methods)}")
+        if "streaming" in self.methods:
+            problems += _bad_segments(self.seq_len, self.streaming)
         if self.batch_tokens < self.seq_len:
             problems.append(
                 f"batch_tokens = {self.batch_tokens} does not hold one window of seq_len = {self.seq_len}: "
@@ -74,7 +121,8 @@ class EvalConfig:
 
     def method(self, name: str) -> Method:
         """The method called `name` with this config's sizes; UserError for an unknown one."""
-        return Method(name=name, seq_len=self.seq_len, stride=self.seq_len if name == "blocks" else self.stride)
+        stride = {"blocks": self.seq_len, "streaming": 1}.get(name, self.stride)
+        return Method(name=name, seq_len=self.seq_len, stride=stride, streaming=self.streaming)
 
 
 def _unknown_method(name: str) -> str | None:
@@ -93,6 +141,16 @@ def _bad_window(seq_len: int, stride: int) -> list[str]:
             f"use a stride of at most {seq_len}"
         )
     return problems
+
+
+def _bad_segments(seq_len: int, config: StreamingConfig) -> list[str]:
+    again = config.overlap * seq_len
+    if 0 <= again < config.segment_tokens:
+        return []
+    return [
+        f"segments of {config.segment_tokens} tokens leave nothing to score beside an overlap of {config.overlap} "
+        f"windows of {seq_len}: raise streaming.segment_tokens above {again}"
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,14 @@
-"""What generation remembers between calls of the forward: keys and values, the last token, the last embedding."""
+"""What the forward remembers between its calls: keys and values, the last token, the last embedding.
 
+Generation reads a token at a time, a streaming score many thousands; both continue what the cache holds.
+"""
+
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from epigram.attention.base import Attend
 from epigram.model.config import ModelConfig
 
 
@@ -19,6 +26,8 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, T, K, D) keys and values; returns all that the new positions may see, oldest first."""
         added = k.shape[1]
+        if added >= self.keep:
+            return self._replace(k, v)
         buffer = self._room_for(added, k)
         buffer[0, :, self._end : self._end + added] = k
         buffer[1, :, self._end : self._end + added] = v
@@ -26,6 +35,15 @@ class LayerCache:
         keys, values = buffer[:, :, self._start : self._end]
         self._start = max(self._start, self._end - self.keep)
         return keys, values
+
+    def _replace(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for more new positions than stay visible: a buffer that held them all would be mostly useless."""
+        if self._buffer is not None:
+            old = self._buffer[:, :, self._start : self._end]
+            k, v = torch.cat([old[0], k], dim=1), torch.cat([old[1], v], dim=1)
+        self._buffer = torch.stack([k[:, -self.keep :], v[:, -self.keep :]])
+        self._start, self._end = 0, self._buffer.shape[2]
+        return k, v
 
     def _room_for(self, added: int, like: Tensor) -> Tensor:
         used = self._end - self._start
@@ -40,27 +58,41 @@ class LayerCache:
 
 
 class Cache:
-    """The state of a batch of sequences under generation.
+    """The state of a batch of sequences that are read piece by piece.
 
     context_len: positions that full-attention layers may look back, their own included; windowed layers keep their
     window. Never look further than training did: the score falls apart beyond. `rope_len` fixes the rotary base.
+    limits: such a number for each layer instead of context_len, 0 for the latter. attend: the backend of all layers;
+    None for those of the model.
     """
 
-    def __init__(self, config: ModelConfig, context_len: int, rope_len: int | None = None) -> None:
-        self.context_len = context_len
+    def __init__(
+        self,
+        config: ModelConfig,
+        context_len: int,
+        rope_len: int | None = None,
+        *,
+        limits: Sequence[int] = (),
+        attend: Attend | None = None,
+    ) -> None:
         self.rope_len = rope_len or context_len
+        self.attend = attend
         self.position = 0  # of the next token
         self.previous_token: Tensor | None = None  # (B,)
         self.previous_embedding: Tensor | None = None  # (B, 1, D)
-        self.windows = [self._window(config, layer) for layer in range(config.num_layers)]
+        limits = limits or (0,) * config.num_layers
+        assert len(limits) == config.num_layers, "one limit a layer"
+        self.windows = [_window(config.layer_window(layer), limit or context_len) for layer, limit in enumerate(limits)]
         # A layer that looks `window` back needs that many old keys beside the new ones.
         self.layers = [LayerCache(keep=window) for window in self.windows]
-
-    def _window(self, config: ModelConfig, layer: int) -> int:
-        limit = max(self.context_len - 1, 1)
-        return min(config.layer_window(layer) or limit, limit)
 
     def advance(self, tokens: Tensor) -> None:
         """Tokens (B, T) were read."""
         self.position += tokens.shape[1]
         self.previous_token = tokens[:, -1]
+
+
+def _window(own: int, context_len: int) -> int:
+    """A layer's window, where no more than `context_len` positions, the own one included, may be looked at."""
+    limit = max(context_len - 1, 1)
+    return min(own or limit, limit)

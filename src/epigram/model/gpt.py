@@ -30,6 +30,9 @@ BankTransform = Callable[[str, Tensor], Tensor]
 """Called with a bank's name and its weights; returns what the products use (fake quantization)."""
 
 
+_FEW = 256  # tokens a call: below, launching kernels takes longer than computing
+
+
 class Banks(nn.Module):
     """Weight matrices stacked over layers: q, k and v above each other (one product), out, up, down."""
 
@@ -143,7 +146,8 @@ class GPT(nn.Module):
         last layer need not compute for the others, it does not.
         """
         # The twins show every product's input, and are quicker with the few tokens of a generation.
-        kernels = self.kernels if cache is None and tap is None else PLAIN
+        few = cache is not None and tokens.shape[1] < _FEW
+        kernels = PLAIN if few or tap is not None else self.kernels
         c, see = self.config, tap or _ignore
         value = self._value(tokens, kernels, see)
         kept = c.backout_layer if c.backout_layer < c.num_layers - 1 else -1  # the last layer needs no keeping
@@ -178,9 +182,19 @@ class GPT(nn.Module):
         x = self(tokens, transform=transform)
         return self.kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
 
-    def nll(self, tokens: Tensor, targets: Tensor, rope_len: int | None = None, last: int | None = None) -> Tensor:
-        """Nats of each target, (B, T) float32; of the last ones only, (B, last), when `last` is given."""
-        x = self(tokens, rope_len=rope_len, last=last)
+    def nll(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        rope_len: int | None = None,
+        last: int | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Nats of each target, (B, T) float32; of the last ones only, (B, last), when `last` is given.
+
+        With a cache the tokens continue what it holds, see `forward`.
+        """
+        x = self(tokens, rope_len=rope_len, last=last, cache=cache)
         targets = targets if last is None else targets[:, -last:]
         return self.kernels.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap)
 
@@ -281,7 +295,9 @@ class GPT(nn.Module):
         """The backend of a layer and its window; with a cache, over all that the cache holds."""
         window = self.config.layer_window(layer)
         attend = self.attend_window if window else self.attend
-        return (attend, window) if cache is None else (_remembering(attend, cache, layer), cache.windows[layer])
+        if cache is None:
+            return attend, window
+        return _remembering(cache.attend or attend, cache, layer), cache.windows[layer]
 
     def _leave(self, x: Tensor, backed: Tensor | None, last: int | None, kernels: Kernels) -> Tensor:
         """The normalised final states."""

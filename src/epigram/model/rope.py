@@ -1,6 +1,7 @@
 """Rotary position embedding on the first channels of each head.
 
-Positions are always float32: bfloat16 cannot count beyond 256.
+Angles are computed in float64 and rounded once: bfloat16 cannot count beyond 256, and at the hundred-thousandth
+position of a stream a float32 angle is wrong by a hundredth.
 """
 
 import torch
@@ -47,8 +48,9 @@ def _tables(
     start: int, num_positions: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """(2, num_positions, 1, rotary_dim / 2): cosines and sines of position * base ** (-2 j / rotary_dim)."""
-    exponent = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device) * (-2.0 / rotary_dim)
-    position = torch.arange(start, start + num_positions, dtype=torch.float32, device=device)
+    wide = torch.float32 if device.type == "mps" else torch.float64  # Apple's devices have no float64
+    exponent = torch.arange(rotary_dim // 2, dtype=wide, device=device) * (-2.0 / rotary_dim)
+    position = torch.arange(start, start + num_positions, dtype=wide, device=device)
     angle = torch.outer(position, base**exponent)[:, None, :]
     return torch.stack([angle.cos(), angle.sin()]).to(dtype)
 

@@ -13,7 +13,6 @@ from epigram.data.dataset import DataFolder
 from epigram.dist import collectives, watch
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
-from epigram.evaluation.scorer import TokenLoss
 from epigram.model.gpt import GPT
 from epigram.optim.base import restore
 from epigram.run import checkpoint
@@ -22,7 +21,16 @@ from epigram.run.export import over_budget, quantize
 from epigram.run.machine import environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
-from epigram.run.setup import CACHE, Session, build_model, build_session, check_fit, state_of, token_loss
+from epigram.run.setup import (
+    CACHE,
+    Losses,
+    Session,
+    build_model,
+    build_session,
+    check_fit,
+    scoring_losses,
+    state_of,
+)
 from epigram.run.size import forecast_bytes
 from epigram.run.space import check_room
 from epigram.run.speed import scoring_work
@@ -68,7 +76,7 @@ def run_job(
                 _begin(session, record)
                 _train(session, record)
                 if until == "export":
-                    finish_run(config, session.model, session.nll, data, context, record)
+                    finish_run(config, session.model, session.losses, data, context, record)
             finally:
                 session.close()
         return _checked(config, record) if until == "export" else _result(record)
@@ -96,7 +104,8 @@ def export_job(
             record.environment(environment(paths))
             facts = {**saved.state["facts"], "data": str(data.path.resolve())}
             record.update(**facts, exported_from=str(run.resolve()), paths=paths)
-            finish_run(config, model, token_loss(model, compiled), data, context, record)
+            losses = scoring_losses(model, compiled, config.run.attention, context)
+            finish_run(config, model, losses, data, context, record)
         return _checked(config, record)
 
 
@@ -130,11 +139,11 @@ def prepare_data(path: str, config: Config) -> DataFolder:
 
 
 def finish_run(
-    config: Config, model: GPT, nll: TokenLoss, data: DataFolder, context: Context, record: RunRecord
+    config: Config, model: GPT, losses: Losses, data: DataFolder, context: Context, record: RunRecord
 ) -> None:
     """Quantize `model`, pack it, read the file back and score that; every figure goes into the record.
 
-    nll: the loss of scoring with the weights of `model`, which afterwards holds those of the file.
+    losses: those of scoring with the weights of `model`, which afterwards holds those of the file.
 
     The float model is scored by the first of the recipe's methods, so that like is compared with like.
     """
@@ -146,7 +155,7 @@ def finish_run(
         calibration=quantized.source.to_dict(),
     )
     first = config.score.method(config.score.methods[0])
-    score = partial(score_split, nll, data, context=context, batch_tokens=config.score.batch_tokens)
+    score = partial(score_split, losses, data, context=context, batch_tokens=config.score.batch_tokens)
     record.score("float", first.name, score(first))
     times: dict[str, float] = {}
     path = record.folder / ARTIFACT
@@ -221,7 +230,7 @@ def _train(session: Session, record: RunRecord) -> None:
     first = config.score.method("blocks")
     validate = partial(
         score_split,
-        session.nll,
+        session.losses,
         session.data,
         first,
         session.context,

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder, is_published_layout, open_data
 from epigram.data.manifest import MANIFEST
 from epigram.dist import collectives
-from epigram.dist.context import Context
+from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
-from epigram.evaluation.scorer import TokenLoss, score
-from epigram.evaluation.windows import METHODS, Method
+from epigram.evaluation.probes import Finding
+from epigram.evaluation.scorer import score
+from epigram.evaluation.windows import METHODS, Method, StreamingConfig
 from epigram.model.gpt import GPT
 from epigram.run.api import Model
+from epigram.run.probe import check, probe
 from epigram.run.record import final_line
-from epigram.run.setup import CACHE, attach_attention, attach_kernels, token_loss
+from epigram.run.setup import CACHE, Losses, attach_attention, attach_kernels, scoring_losses
 from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
 
 
 def score_split(
-    nll: TokenLoss,
+    losses: Losses,
     data: DataFolder,
     method: Method,
     context: Context,
@@ -34,8 +37,8 @@ def score_split(
     split: str = "val",
     max_tokens: int = 0,
 ) -> dict[str, Any]:
-    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s; and for published shards
-    `validation`, which says whose validation split it was.
+    """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s; of method streaming its own
+    settings; and for published shards `validation`, which says whose validation split it was.
 
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
     """
@@ -47,7 +50,7 @@ def score_split(
         byte_counts = None if byte_counts is None else byte_counts[: max_tokens + 1]
     start_s = time.perf_counter()
     found = score(
-        nll,
+        losses.of(method),
         tokens,
         data.tokenizer.byte_tables(),
         method,
@@ -66,6 +69,7 @@ def score_split(
         **found.as_dict(),
         "seq_len": method.seq_len,
         "stride": method.stride,
+        **({"streaming": asdict(method.streaming)} if method.is_streaming else {}),
         "score_s": round(score_s, 3),
         **({"validation": data.validation.text} if data.validation is not None and split == "val" else {}),
     }
@@ -78,31 +82,59 @@ def score_model(
     methods: Sequence[str] = (),
     seq_len: int | None = None,
     stride: int | None = None,
+    streaming: StreamingConfig | None = None,
     split: str = "val",
+    max_tokens: int = 0,
     batch_tokens: int = 65_536,
     device: str = "auto",
+    with_probes: bool = False,
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
-    Data that is text is transformed and tokenized as the model's own was.
+    Data that is text is transformed and tokenized as the model's own was. max_tokens: only the beginning of the split,
+    0 for all of it. with_probes: put the probes to each method first; ProbeError when one fails. Under torchrun the
+    processes share the work; the result is then empty in all but the first.
     """
-    model, data = _open(path, data_path, device)
-    context = Context(device=model.gpt.embed.device)
-    seq_len = seq_len or model.context_len
-    nll = token_loss(model.gpt, compile_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens)))
-    rows = {}
-    if data.validation is not None and split == "val":
-        print(f"validation: {data.validation.text}", flush=True)
-    for name in methods or METHODS:
-        width = seq_len if name == "blocks" else stride or max(seq_len // 8, 1)
-        method = Method(name=name, seq_len=seq_len, stride=width)
-        rows[name] = score_split(nll, data, method, context, batch_tokens=batch_tokens, split=split)
-        print(final_line(name, rows[name]["val_nats"], rows[name]["val_bpb"]), flush=True)
-    return {"model": str(path), "data": data_path, "split": split, "scores": rows}
+    with open_context(device) as context:
+        model, data = open_both(path, data_path, context)
+        seq_len = seq_len or model.context_len
+        losses = losses_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens))
+        rows: dict[str, Any] = {}
+        findings: dict[str, list[Finding]] = {}
+        if data.validation is not None and split == "val" and context.is_main:
+            print(f"validation: {data.validation.text}", flush=True)
+        for name in methods or METHODS:
+            width = {"blocks": seq_len, "streaming": 1}.get(name, stride or max(seq_len // 8, 1))
+            method = Method(name=name, seq_len=seq_len, stride=width, streaming=streaming or StreamingConfig())
+            if with_probes:
+                dtype = model.gpt.compute_dtype
+                findings[name] = probe(
+                    losses, data, method, context, dtype=dtype, batch_tokens=max(batch_tokens, seq_len), split=split
+                )
+                if context.is_main:
+                    _print_findings(name, findings[name])
+            rows[name] = score_split(
+                losses, data, method, context, batch_tokens=batch_tokens, split=split, max_tokens=max_tokens
+            )
+            if context.is_main:
+                print(final_line(name, rows[name]["val_nats"], rows[name]["val_bpb"]), flush=True)
+        check(findings)
+        if not context.is_main:
+            return {}
+        found = {name: [asdict(finding) for finding in some] for name, some in findings.items()}
+        probed = {"probes": found} if with_probes else {}
+        return {"model": str(path), "data": data_path, "split": split, "scores": rows, **probed}
 
 
-def _open(path: Path, data_path: str, device: str) -> tuple[Model, DataFolder]:
+def _print_findings(method: str, findings: list[Finding]) -> None:
+    for finding in findings:
+        verdict = "passed" if finding.passed else "FAILED"
+        print(f"probe {method}, {finding.name}: {verdict}: {finding.detail}", flush=True)
+
+
+def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
     """Model and data that belong together; UserError where they do not."""
+    device = str(context.device)
     if not is_built(Path(data_path)):
         model = load_model(path, device)
         with tempfile.TemporaryDirectory() as folder:
@@ -124,11 +156,11 @@ def is_built(path: Path) -> bool:
     return (path / MANIFEST).exists() or is_published_layout(path)
 
 
-def compile_for_scoring(model: GPT, context: Context, work: Work) -> bool:
-    """Fused kernels where they can serve, else compiled on CUDA where a compiler is there; returns whether to compile.
+def losses_for_scoring(model: GPT, context: Context, work: Work) -> Losses:
+    """The losses of a model, whose kernels are fused where that can be, else compiled on CUDA if a compiler is there.
 
     Attention backends are those that are fastest then at `work`. On a CPU a score is over before compiling would pay.
     """
     compiled, _ = attach_kernels(model, "auto", "auto" if context.device.type == "cuda" else "off", context)
     attach_attention(model, "auto", context, compiled, work)
-    return compiled
+    return scoring_losses(model, compiled, "auto", context)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epigram.attention.base import Request, choose
+from epigram.attention.base import Attend, Request, candidates, choose, why_not
 from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
@@ -20,10 +20,12 @@ from epigram.data.loader import Loader
 from epigram.dist import collectives
 from epigram.dist.context import Context
 from epigram.errors import UserError
-from epigram.evaluation.scorer import TokenLoss
+from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
+from epigram.evaluation.windows import Method
 from epigram.kernels.base import PLAIN
 from epigram.kernels.base import choose as choose_kernels
 from epigram.kernels.products.base import Dims
+from epigram.model.cache import Cache
 from epigram.model.gpt import GPT, BankTransform
 from epigram.optim.average import Average, average_of
 from epigram.optim.gradients import LaneGradients, lane_weights
@@ -48,8 +50,8 @@ LaneLoss = Callable[[Tensor, Tensor, Tensor | None, float, BankTransform | None]
 class Engine:
     """All that computes a step, wherever its tokens come from.
 
-    lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. nll: the (compiled) loss of
-    scoring. quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
+    lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. losses: those of scoring.
+    quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
     a choice, for the log. compiled: whether torch.compile is used. capture: records lanes in the warm-up, None where
     they are launched kernel by kernel. graphs: what it has recorded.
     """
@@ -62,7 +64,7 @@ class Engine:
     gradients: LaneGradients
     lanes: tuple[int, ...]
     lane_loss: LaneLoss
-    nll: TokenLoss
+    losses: "Losses"
     quantized: BankTransform
     paths: dict[str, str]
     compiled: bool
@@ -127,6 +129,8 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
 def build_engine(config: Config, context: Context) -> Engine:
     """A session's parts that need no data. Raises UserError when recipe and machine do not fit."""
     model, compiled, paths = build_model(config, context, training_work(config))
+    if "streaming" in config.score.methods:
+        paths["attention of streaming scores"] = stream_attention(model, config.run.attention, context)[1]
     capture = CudaCapture(context.device) if should_capture(config.run.cuda_graphs, model, context) else None
     if capture is not None:
         paths["CUDA graphs"] = "on"
@@ -148,7 +152,7 @@ def build_engine(config: Config, context: Context) -> Engine:
         ),
         lanes=plan.ranks[context.rank],
         lane_loss=compile_shapes(model.loss) if compiled else model.loss,
-        nll=token_loss(model, compiled),
+        losses=scoring_losses(model, compiled, config.run.attention, context),
         quantized=bank_transform(model, config),
         paths=paths,
         compiled=compiled,
@@ -202,9 +206,48 @@ def should_capture(setting: str, model: GPT, context: Context) -> bool:
     return setting != "off" and reason is None
 
 
-def token_loss(model: GPT, compiled: bool) -> TokenLoss:
-    """The loss of each token, for scoring; it uses the model's weights as they are when it is called."""
-    return compile_shapes(model.nll) if compiled else model.nll
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The model's losses of tokens, for scoring, by the weights that it has when they are called.
+
+    windows: of windows, compiled where the model is. stream: of a text that is read on; never compiled, since a chunk
+    is long enough to keep a device busy.
+    """
+
+    windows: TokenLoss
+    stream: OpenStream
+
+    def of(self, method: Method) -> TokenLoss | OpenStream:
+        """What `epigram.evaluation.scorer.score` needs for `method`."""
+        return self.stream if method.is_streaming else self.windows
+
+
+def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -> Losses:
+    """The losses of `model`. backend: as in `RunConfig.attention`."""
+
+    def open_stream(method: Method) -> StreamLoss:
+        attend, _ = stream_attention(model, backend, context)
+        limits = method.streaming.limits
+        if limits and len(limits) != model.config.num_layers:
+            raise UserError(f"streaming.limits has {len(limits)} numbers, the model {model.config.num_layers} layers")
+        cache = Cache(model.config, method.seq_len, limits=limits, attend=attend)
+        return partial(model.nll, cache=cache)
+
+    return Losses(windows=compile_shapes(model.nll) if compiled else model.nll, stream=open_stream)
+
+
+def stream_attention(model: GPT, backend: str, context: Context) -> tuple[Attend, str]:
+    """The backend for chunks that follow cached keys, and the choice in words.
+
+    It is the one called `backend` if that can; else, in the open, the first that can in the order of the capability
+    table: every layer has a window then, and not every backend serves that, or does without the compiler.
+    """
+    request = replace(attention_request(model, context, compiled=False, backward=False), window=1, longer_keys=True)
+    if backend == "auto" or (reason := why_not(backend, request)) is None:
+        chosen = choose(backend, request)
+        return chosen.attend, chosen.name
+    chosen = choose(candidates(request)[0], request)
+    return chosen.attend, f"{chosen.name} ({reason})"
 
 
 def compile_shapes(function: Any) -> Any:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from epigram.byte_tables import ByteTables
 from epigram.evaluation.scorer import score
-from epigram.evaluation.windows import EvalConfig, Method, batch_size, plan_windows
+from epigram.evaluation.windows import EvalConfig, Method, batch_size
 from epigram.model.cost import forward_flops_per_token
 from epigram.run.bench._profile import profile_steps
 from epigram.run.bench.base import Bench, Work
@@ -48,12 +48,11 @@ def settings(bench: Bench) -> EvalConfig:
 
 def _time_method(bench: Bench, method: Method, batch_tokens: int) -> tuple[partial, float]:
     engine = bench.engine
-    size = batch_tokens // method.seq_len
-    num_windows = _BATCHES * size
-    num_targets = method.seq_len + (num_windows - 1) * method.stride
+    num_targets = _num_targets(method, batch_tokens)
+    plan = method.plan(num_targets)
     work = partial(
         score,
-        engine.nll,
+        engine.losses.of(method),
         _tokens(engine.config.model.vocab_size, num_targets + 1),
         _one_byte_each(engine.config.model.vocab_size),
         method,
@@ -62,10 +61,10 @@ def _time_method(bench: Bench, method: Method, batch_tokens: int) -> tuple[parti
         expected_bytes=None,
         progress=False,
     )
-    read = num_windows * method.seq_len
+    read = len(plan) * plan.length
     flops = read * sum(forward_flops_per_token(engine.config.model, method.seq_len).values())
     row = bench.time(
-        f"{method.name}, windows of {method.seq_len} every {method.stride}",
+        _words(method),
         work,
         Work(flops=flops),
         amounts={"tokens": read, "scored tokens": num_targets},
@@ -75,9 +74,25 @@ def _time_method(bench: Bench, method: Method, batch_tokens: int) -> tuple[parti
     return work, row.timing.median_ms
 
 
+def _num_targets(method: Method, batch_tokens: int) -> int:
+    """As many as `_BATCHES` forwards can score."""
+    if method.is_streaming:
+        return _BATCHES * min(method.streaming.chunk_tokens or batch_tokens, batch_tokens)
+    return method.seq_len + (_BATCHES * (batch_tokens // method.seq_len) - 1) * method.stride
+
+
+def _words(method: Method) -> str:
+    if method.is_streaming:
+        return f"streaming, each token sees {method.seq_len}"
+    return f"{method.name}, windows of {method.seq_len} every {method.stride}"
+
+
 def full_batches(method: Method, batch_tokens: int) -> int:
-    """Forwards that the published validation set takes."""
-    plan = plan_windows(VALIDATION_TOKENS, method.seq_len, method.stride)
+    """Forwards that the published validation set takes; of a streaming score those of one segment at a time."""
+    plan = method.plan(VALIDATION_TOKENS)
+    if method.is_streaming:
+        chunk = min(method.streaming.chunk_tokens or batch_tokens, batch_tokens)
+        return len(plan) * -(-plan.length // chunk)
     return -(-len(plan) // batch_size(len(plan), plan.length, 1, batch_tokens))
 
 

@@ -1,0 +1,196 @@
+"""The probes pass an honest model in every method, and each catches what it is for."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from epigram.data.dataset import DataFolder
+from epigram.data.tokenizer import Tokenizer
+from epigram.dist.context import Context
+from epigram.evaluation import passes, probes, windows
+from epigram.evaluation.bpb import Score
+from epigram.evaluation.probes import Finding
+from epigram.evaluation.windows import METHODS, Method, StreamingConfig
+from epigram.model.cache import Cache
+from epigram.model.gpt import GPT
+from epigram.run import probe as module
+from epigram.run.probe import ProbeError, check, probe
+from epigram.run.score import score_model
+from epigram.run.setup import Losses, scoring_losses
+from epigram.run.weights import load_model
+
+CONTEXT = Context(device=torch.device("cpu"))
+SEQ_LEN = 32
+
+
+def method(name: str) -> Method:
+    stride = {"blocks": SEQ_LEN, "sliding": 8, "streaming": 1}[name]
+    return Method(name=name, seq_len=SEQ_LEN, stride=stride, streaming=StreamingConfig(overlap=1))
+
+
+@pytest.fixture
+def model(finished: Path) -> GPT:
+    return load_model(finished, "cpu").gpt
+
+
+def probed(losses: Losses, data: DataFolder, name: str) -> dict[str, Finding]:
+    found = probe(losses, data, method(name), CONTEXT, dtype=torch.float32, batch_tokens=128)
+    return {finding.name: finding for finding in found}
+
+
+def failed(losses: Losses, data: DataFolder, name: str) -> set[str]:
+    return {finding.name for finding in probed(losses, data, name).values() if not finding.passed}
+
+
+def honest(model: GPT) -> Losses:
+    return scoring_losses(model, False, "auto", CONTEXT)
+
+
+def wrapped(losses: Losses, change) -> Losses:
+    """`change(inputs, targets, nats)` on what every forward returns."""
+
+    def windows_(inputs, targets, *, rope_len, last):
+        nats = change(inputs, targets, losses.windows(inputs, targets, rope_len=rope_len, last=None))
+        return nats if last is None else nats[:, -last:]
+
+    def stream(how):
+        read = losses.stream(how)
+        return lambda inputs, targets: change(inputs, targets, read(inputs, targets))
+
+    return Losses(windows=windows_, stream=stream)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_honest_score_passes(model: GPT, data: DataFolder, name: str) -> None:
+    found = probed(honest(model), data, name)
+    assert [finding.detail for finding in found.values() if not finding.passed] == []
+    assert len(found) == 5
+    check({name: list(found.values())})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_that_sees_the_next_token_is_caught(model: GPT, data: DataFolder, name: str) -> None:
+    """Attention with a mask that is one position too wide."""
+
+    def leaky(q, k, v, window):
+        before = k.shape[1] - q.shape[1]
+        groups = q.shape[2] // k.shape[2]
+        keys, values = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
+        place = torch.arange(before, k.shape[1])[:, None] + 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=torch.arange(k.shape[1]) <= place
+        ).transpose(1, 2)
+
+    model.attend = model.attend_window = leaky
+    losses = honest(model)
+
+    def stream(how):
+        return partial(model.nll, cache=Cache(model.config, how.seq_len, attend=leaky))
+
+    assert "causality" in failed(replace(losses, stream=stream), data, name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_that_looks_at_its_target_is_caught(model: GPT, data: DataFolder, name: str) -> None:
+    """It knows some tokens when it sees them: causal, but no distribution."""
+    cheap = wrapped(honest(model), lambda inputs, targets, nats: torch.where(targets % 7 == 0, 0.5 * nats, nats))
+    assert failed(cheap, data, name) == {"normalisation"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_whose_rows_see_each_other_is_caught(model: GPT, data: DataFolder, name: str) -> None:
+    """What a token costs depends on the batch: a later window gives an earlier one away."""
+    mixing = wrapped(honest(model), lambda inputs, targets, nats: nats + 1e-3 * targets[-1:].float().mean())
+    assert {"causality", "same for any batch and processes"} <= failed(mixing, data, name)
+
+
+def test_a_model_that_reads_no_text_is_caught(model: GPT, data: DataFolder) -> None:
+    constant = wrapped(honest(model), lambda inputs, targets, nats: torch.ones_like(nats))
+    assert "causality" in failed(constant, data, "blocks")
+
+
+def test_a_cache_that_remembers_the_future_is_caught(model: GPT, data: DataFolder) -> None:
+    """A stream that peeks into the chunk that comes next, through what it was given before."""
+    losses, seen = honest(model), {}
+
+    def stream(how):
+        read = losses.stream(how)
+
+        def step(inputs, targets):
+            key = inputs.shape
+            hint = seen.get(key, 0.0)  # of the segment read before, whose end may lie behind this one's start
+            seen[key] = 1e-3 * float(targets.sum() % 97)
+            return read(inputs, targets) + hint
+
+        return step
+
+    assert failed(replace(losses, stream=stream), data, "streaming")
+
+
+def test_a_tail_that_is_scored_twice_is_caught(model: GPT, data: DataFolder, monkeypatch) -> None:
+    """As in published evaluators, whose last windows all score the end (parameter-golf #174)."""
+    honest_rows = passes._rows
+
+    def again(part, size):
+        rows, skipped = honest_rows(part, size)
+        return rows, np.minimum(skipped, SEQ_LEN - 8)  # every window scores the whole stride
+
+    monkeypatch.setattr(passes, "_rows", again)
+    tokens = data.stream("val")[:101]  # the last window scores 4
+    times = module._times(honest(model), method("sliding"), CONTEXT.device, 64, tokens)
+    assert not probes.once(lambda t: Score(1.0, 100, 1), lambda t: times, tokens).passed
+
+
+def test_tokens_left_out_are_caught() -> None:
+    tokens = np.arange(50, dtype=np.uint16)
+    ones = np.ones(49, np.int64)
+    assert probes.once(lambda t: Score(1.0, 49, 1), lambda t: ones, tokens).passed
+    assert not probes.once(lambda t: Score(1.0, 48, 1), lambda t: ones, tokens).passed
+    assert not probes.once(lambda t: Score(1.0, 49, 1), lambda t: ones[:-1], tokens).passed
+    ones[7] = 0
+    assert probes.once(lambda t: Score(1.0, 49, 1), lambda t: ones, tokens).detail == "token 8 is scored 0 times"
+
+
+@pytest.mark.parametrize("wrong", ["blank twice", "bytes as characters of three"])
+def test_a_wrong_denominator_is_caught(data: DataFolder, wrong: str) -> None:
+    """The two that invalidated published scores (parameter-golf #1719, #1271)."""
+    tokenizer: Tokenizer = data.tokenizer
+    tables, tokens = tokenizer.byte_tables(), data.stream("val")
+
+    def found(some):
+        return probes.text_bytes(tokens, some, tokenizer.decode_bytes, tokenizer.bos_id)
+
+    assert found(tables).passed
+    if wrong == "blank twice":
+        broken = replace(tables, token_bytes=tables.token_bytes + tables.has_space)
+    else:
+        is_byte = np.array([piece.startswith("<0x") for piece in tokenizer.pieces])
+        assert is_byte[tokens].any()
+        broken = replace(tables, token_bytes=np.where(is_byte, 3, tables.token_bytes))
+    assert not found(broken).passed
+
+
+def test_what_fails_is_named() -> None:
+    good, bad = Finding("causality", True, "fine"), Finding("normalisation", False, "they add up to 277")
+    check({"blocks": [good]})
+    with pytest.raises(ProbeError, match=r"do not believe this score: sliding: normalisation: they add up to 277"):
+        check({"blocks": [good], "sliding": [good, bad]})
+
+
+def test_the_command_probes_before_it_scores(finished: Path, data_path: Path, capsys) -> None:
+    result = score_model(finished, str(data_path), methods=("blocks",), device="cpu", with_probes=True)
+    assert [finding["passed"] for finding in result["probes"]["blocks"]] == [True] * 5
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("probe blocks, ") and ": passed: " in line for line in lines[:5]) == 5
+    assert lines[5].startswith("final_blocks_exact")
+
+
+def test_probes_cross_the_seams_of_a_stream() -> None:
+    """They read short segments and chunks, whatever the score's own."""
+    small = module._small(windows.Method(name="streaming", seq_len=SEQ_LEN, stride=1))
+    assert small.streaming.segment_tokens == 3 * SEQ_LEN
+    assert small.streaming.chunk_tokens == SEQ_LEN // 2
