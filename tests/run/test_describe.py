@@ -70,6 +70,22 @@ def test_measured_times_decide_over_modelled_ones(capsys):
         load_recipe("smoke", ["lanes.0.ms=-1.0", "lanes.1.ms=1.0"])
 
 
+def test_what_eight_processes_of_pr1212_send(capsys):
+    """By hand: 29,751,910 float32 gradients, 7/8 of them twice; and two numbers for each of eight lanes."""
+    measured = ["lanes.0.ms=50.2", "lanes.1.ms=54.6"]
+    found = describe(load_recipe("pr1212", measured), 8)
+    gradients, figures = found["wire"]
+    assert (gradients["sent_bytes"], figures["sent_bytes"]) == (208_263_370, 112)
+    assert gradients["ms"] == pytest.approx(208.26337 / 450, rel=1e-9)
+    assert found["step_ms"] == pytest.approx(54.6 + gradients["ms"] + figures["ms"])
+    print_description(found)
+    assert "55.06 ms a step, without the update" in " ".join(capsys.readouterr().out.split())
+    alone = describe(load_recipe("pr1212", measured))
+    assert [row["sent_bytes"] for row in alone["wire"]] == [0, 0]
+    assert alone["step_ms"] == pytest.approx(5 * 50.2 + 3 * 54.6)
+    assert describe(load_recipe("pr1212"), 8)["step_ms"] is None, "operations are no milliseconds"
+
+
 def test_operations_of_a_token_are_those_that_torch_counts():
     """Three forwards' worth; torch's counter knows nothing of windows and causality, so attention is left out."""
     from torch.utils.flop_counter import FlopCounterMode

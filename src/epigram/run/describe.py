@@ -1,5 +1,6 @@
 """What a recipe is and costs: parameters, bytes, operations, lanes, schedules. Nothing is computed on a device."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from epigram.model.gpt import GPT
 from epigram.optim import schedule
 from epigram.run.lanes import lane_plan, times_are_measured
 from epigram.run.size import forecast_bytes
+from epigram.run.wire import messages, step_ms
 
 _CURVE_POINTS = 11
 
@@ -32,6 +34,8 @@ def describe(config: Config, world_size: int = 1) -> dict[str, Any]:
         "lane_times": "measured, ms" if times_are_measured(config) else "modelled, operations",
         "balance": plan.balance,
         "world_sizes": _world_sizes(config),
+        "wire": [asdict(m) for m in messages(sum(parts.values()), len(plan.times), world_size)],
+        "step_ms": step_ms(config, sum(parts.values()), world_size),
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": _flops(config),
         "schedule": _curve(config),
@@ -107,16 +111,21 @@ def print_description(description: dict[str, Any]) -> None:
             description["lanes"],
         ),
         ("numbers of processes that work", description["world_sizes"]),
+        ("what each process sends in a step, and ms over NVLink (H100)", description["wire"]),
         ("training operations of a token", description["flops_per_token"]),
         ("schedules", description["schedule"]),
     ]
     for title, rows in tables:
         table = Table(title=title, title_justify="left")
         for column in rows[0]:
-            table.add_column(column, justify="left" if column == "part" else "right")
+            table.add_column(column, justify="left" if column in ("part", "what") else "right")
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
         console.print(table)
+    if description["step_ms"] is not None:
+        console.print(
+            f"slowest process's lanes and messages: {description['step_ms']:.2f} ms a step, without the update"
+        )
 
 
 def _cell(value: object) -> str:
