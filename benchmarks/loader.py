@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from epigram.data.dataset import open_data
-from epigram.data.lanes import Lane, lanes_of_rank
+from epigram.data.lanes import Lane
 from epigram.data.loader import Loader
+from epigram.data.plan import plan_lanes
 
 RECIPES = {
     "one lane of 36 x 2048": (Lane(seq_len=2048, num_seqs=36),),
@@ -48,9 +49,8 @@ STALL = 0.05  # of a step
 def one_rank(data: Path, rank: int, world_size: int, steps: int, step_s: float, start: Any, results: Any) -> None:
     """What one process of a run does; puts its share of a core, its longest and median wait, and its stalls."""
     lanes = RECIPES[PR1212]
-    with Loader(
-        open_data(data).split("train"), lanes, seed=0, prefetch=2, lane_indices=lanes_of_rank(lanes, rank, world_size)
-    ) as loader:
+    mine = plan_lanes([float(lane.num_tokens) for lane in lanes], world_size).ranks[rank]
+    with Loader(open_data(data).split("train"), lanes, seed=0, prefetch=2, lane_indices=mine) as loader:
         for _ in range(3):
             loader.next_step()
         start.wait()

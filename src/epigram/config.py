@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -33,16 +33,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LaneGroup:
-    """`count` lanes of `num_seqs` sequences of `seq_len` tokens each; a step runs every lane once."""
+    """`count` lanes of `num_seqs` sequences of `seq_len` tokens each; a step runs every lane once.
+
+    ms: what forward and backward of one of them take, as `epigram bench lanes` measures it; 0 where that is not known.
+    It only decides which process executes which lanes.
+    """
 
     count: int
     seq_len: int
     num_seqs: int
+    ms: float = 0.0
 
     def __post_init__(self) -> None:
-        bad = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) < 1]
-        if bad:
+        counts = ("count", "seq_len", "num_seqs")
+        if bad := [f"{name} = {getattr(self, name)}" for name in counts if getattr(self, name) < 1]:
             raise ValueError(f"a lane group needs positive numbers, not {', '.join(bad)}")
+        if not (math.isfinite(self.ms) and self.ms >= 0):
+            raise ValueError(f"ms = {self.ms} is no time: give what epigram bench lanes measured, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +271,11 @@ class Config:
 
     def _cross_problems(self) -> Iterator[str]:
         """Combinations that no single part can see."""
+        if any(group.ms for group in self.lanes) and not all(group.ms for group in self.lanes):
+            yield (
+                "some [[lanes]] have ms and some have none, which cannot be compared: give all of them the times that "
+                "epigram bench lanes measures, or none"
+            )
         if not 0 <= self.seed < 2**63:
             yield f"seed = {self.seed} must be in 0..2^63-1"
         if self.quant.calibration.seq_len > self.context_len:

@@ -13,6 +13,7 @@ QUICK = ("--device", "cpu", "--recipe", "smoke", "--repeats", "2")
 ROWS = {
     "step": ["whole step", "forward + backward, 4 x 64", "forward + backward, 2 x 128", "clip: lane, 3 lanes",
              "optimizer", "EMA"],
+    "lanes": ["5 x 64", "4 x 64", "2 x 128", "3 x 64", "2 x 64", "1 x 128"],
     "attention": [f"{name}, {kind}, {lane}, {passes}"
                   for kind in ("full", "window 16") for name in ("reference", "sdpa") for lane in ("4 x 64", "2 x 128")
                   for passes in ("forward", "forward + backward")],
@@ -58,6 +59,22 @@ def test_a_program_gets_one_line(shell: Shell):
     assert json.loads(found.out)["benchmark"] == "optimizer"
 
 
+def test_proposed_lanes_are_a_recipe(shell: Shell, tmp_path: Path):
+    """What is printed for pasting parses, and the plan goes by its times."""
+    import tomllib
+
+    found = shell("bench", "lanes", *QUICK)
+    assert found.code == 0, found.err
+    paste = json.loads(found.out.splitlines()[-1])["paste"]
+    assert paste in found.out
+    lanes = tomllib.loads(paste)["lanes"]
+    assert [(lane["count"], lane["seq_len"]) for lane in lanes] == [(2, 64), (1, 128)]
+    tables = ", ".join("{" + ", ".join(f"{key}={value}" for key, value in lane.items()) + "}" for lane in lanes)
+    described = shell("describe", "smoke", "--gpus", "3", "--json", "--set", f"lanes=[{tables}]")
+    assert described.code == 0, described.err
+    assert json.loads(described.out.splitlines()[-1])["lane_times"] == "measured, ms"
+
+
 def test_a_backend_that_is_left_out_says_why(shell: Shell):
     found = shell("bench", "attention", *QUICK, "--set", "model.window_layers=[]")
     result = json.loads(found.out.splitlines()[-1])
@@ -98,7 +115,10 @@ def test_a_profile(shell: Shell, tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["nonsense"], "there is no 'nonsense' in bench: choose one of attention, mlp, optimizer, pack, score, step"),
+        (
+            ["nonsense"],
+            "there is no 'nonsense' in bench: choose one of attention, lanes, mlp, optimizer, pack, score, step",
+        ),
         (["mlp", "--stride", "8"], "bench mlp has no --stride: it belongs to score"),
         (["step", "--recipe", "nonsense"], "no recipe 'nonsense'"),
         (["step", "--repeats", "0"], "--repeats"),

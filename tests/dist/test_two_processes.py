@@ -139,10 +139,12 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_two_processes_are_one(data_path: Path, tmp_path: Path):
     """Weights, moments and averages after 8 steps, the losses, the scores, through the whole job and torchrun."""
-    settings = [argument for setting in FOUR_LANES for argument in ("--set", setting)]
+    # On the int6 grid a difference in the last bit can move a weight by a whole step, and gradients with it.
+    smooth = (*FOUR_LANES, "schedule.qat_threshold=0")
+    settings = [argument for setting in smooth for argument in ("--set", setting)]
     done = torchrun("--data", str(data_path), "--out", str(tmp_path / "two"), *settings)
     assert done.returncode == 0, done.stderr
-    train_run(data_path, tmp_path / "one", *FOUR_LANES)
+    train_run(data_path, tmp_path / "one", *smooth)
     one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, tensor in one.items():

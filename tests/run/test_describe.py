@@ -38,13 +38,52 @@ def test_every_recipe(name: str, capsys):
     assert f"{found['tokens_per_step']:,} tokens" in printed
 
 
+def ranks_of(*overrides: str, gpus: int) -> list[int]:
+    return [row["rank"] for row in describe(load_recipe("pr1212", overrides), gpus)["lanes"]]
+
+
 def test_lanes_of_pr1212_on_other_machines():
     config = load_recipe("pr1212")
-    assert describe(config)["world_sizes"] == [1, 2, 4, 8]
-    assert [row["rank"] for row in describe(config, 8)["lanes"]] == list(range(8))
-    assert [row["rank"] for row in describe(config, 4)["lanes"]] == [0, 0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(UserError, match="8 lanes cannot be shared evenly by 3 processes: use 1, 2, 4, 8"):
-        describe(config, 3)
+    found = describe(config)
+    assert [row["processes"] for row in found["world_sizes"]] == list(range(1, 9))
+    assert found["world_sizes"][0] == {"processes": 1, "balance": 1, "speedup": 1}
+    assert found["lane_times"] == "modelled, operations"
+    assert ranks_of(gpus=8) == list(range(8))
+    assert sorted(ranks_of(gpus=4)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(map(ranks_of(gpus=3).count, range(3))) == [2, 3, 3], "as even as eight lanes allow"
+    with pytest.raises(UserError, match="8 lanes cannot be shared by 9 processes, each needs one: use 1 to 8"):
+        describe(config, 9)
+
+
+def test_measured_times_decide_over_modelled_ones(capsys):
+    """A short lane that takes as long as five others gets a process of its own."""
+    slow = ("lanes=[{count=1, seq_len=2048, num_seqs=36, ms=50}, {count=5, seq_len=6144, num_seqs=10, ms=10}]",)
+    assert ranks_of(*slow, gpus=2) == [0, 1, 1, 1, 1, 1]
+    found = describe(load_recipe("pr1212", slow), 2)
+    assert (found["balance"], found["lane_times"]) == (1, "measured, ms")
+    assert [row["share"] for row in found["lanes"]] == [1, 0.2, 0.2, 0.2, 0.2, 0.2]
+    print_description(found)
+    assert "predicted balance 100.0 %" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match=r"some \[\[lanes\]\] have ms and some have none"):
+        load_recipe("pr1212", ["lanes.0.ms=50.0"])
+    with pytest.raises(UserError, match="ms = -1.0 is no time"):
+        load_recipe("smoke", ["lanes.0.ms=-1.0", "lanes.1.ms=1.0"])
+
+
+def test_what_eight_processes_of_pr1212_send(capsys):
+    """By hand: 29,751,910 float32 gradients, 7/8 of them twice; and two numbers for each of eight lanes."""
+    measured = ["lanes.0.ms=50.2", "lanes.1.ms=54.6"]
+    found = describe(load_recipe("pr1212", measured), 8)
+    gradients, figures = found["wire"]
+    assert (gradients["sent_bytes"], figures["sent_bytes"]) == (208_263_370, 112)
+    assert gradients["ms"] == pytest.approx(208.26337 / 450, rel=1e-9)
+    assert found["step_ms"] == pytest.approx(54.6 + gradients["ms"] + figures["ms"])
+    print_description(found)
+    assert "55.06 ms a step, without the update" in " ".join(capsys.readouterr().out.split())
+    alone = describe(load_recipe("pr1212", measured))
+    assert [row["sent_bytes"] for row in alone["wire"]] == [0, 0]
+    assert alone["step_ms"] == pytest.approx(5 * 50.2 + 3 * 54.6)
+    assert describe(load_recipe("pr1212"), 8)["step_ms"] is None, "operations are no milliseconds"
 
 
 def test_operations_of_a_token_are_those_that_torch_counts():

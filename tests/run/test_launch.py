@@ -45,8 +45,8 @@ def test_failure_of_a_process_is_failure(monkeypatch):
 
 def test_what_cannot_work_is_told_before_any_process_starts(monkeypatch):
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: pytest.fail("started"))
-    with pytest.raises(UserError, match="8 lanes cannot be shared evenly by 3 processes: use 1, 2, 4, 8"):
-        launch(3, "pr1212")
+    with pytest.raises(UserError, match="8 lanes cannot be shared by 9 processes, each needs one: use 1 to 8"):
+        launch(9, "pr1212")
     with pytest.raises(UserError, match="unknown key model.colour"):
         launch(2, "pr1212", ["model.colour=1"])
 

@@ -31,7 +31,7 @@ def command(
     stride: int | None,
     as_json: bool,
 ) -> None:
-    """Time BENCHMARK on made-up tokens: step, attention, mlp, optimizer, score or pack.
+    """Time BENCHMARK on made-up tokens: step, lanes, attention, mlp, optimizer, score or pack.
 
     Prints a table and, as its last line, the same as JSON. Every time stands beside a floor: the least that this
     machine would need, from the copy and the product that it is measured at in the same command.

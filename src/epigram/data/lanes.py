@@ -66,20 +66,6 @@ class LengthGroup:
         return tuple(map(tuple, dealt))
 
 
-def lanes_of_rank(lanes: Sequence[Lane], rank: int, world_size: int) -> tuple[int, ...]:
-    """The lanes that `rank` of `world_size` processes executes, neighbours in the recipe's list.
-
-    Raises UserError where they cannot be shared evenly, naming the world sizes that can.
-    """
-    if len(lanes) % world_size:
-        fitting = [str(n) for n in range(1, len(lanes) + 1) if len(lanes) % n == 0]
-        raise UserError(
-            f"{len(lanes)} lanes cannot be shared evenly by {world_size} processes: use {', '.join(fitting)}"
-        )
-    share = len(lanes) // world_size
-    return tuple(range(rank * share, (rank + 1) * share))
-
-
 def length_groups(lanes: Sequence[Lane]) -> tuple[LengthGroup, ...]:
     """The lanes by length, in the order in which lengths first appear; UserError when there are none."""
     if not lanes:

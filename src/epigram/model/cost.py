@@ -44,3 +44,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, floa
         "head": 2.0 * c.vocab_size * c.model_dim,
         "projections": 2.0 * projections,
     }
+
+
+def training_flops(config: ModelConfig, seq_len: int) -> float:
+    """Operations of a token's forward and backward, which has twice as many, in windows of `seq_len`."""
+    return 3.0 * sum(forward_flops_per_token(config, seq_len).values())

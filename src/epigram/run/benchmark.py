@@ -78,6 +78,7 @@ def _found(bench: Bench, ceilings: Ceilings) -> dict[str, Any]:
         "rows": [row.as_dict(ceilings) for row in bench.rows],
         "figures": bench.figures,
         "left_out": bench.left_out,
+        "paste": bench.paste,
         "kernels": bench.breakdown.as_dict() if bench.breakdown else None,
     }
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from epigram.config import Config
-from epigram.data.lanes import lanes_of_rank
+from epigram.data.plan import LanePlan
 from epigram.model.cost import forward_flops_per_token
 from epigram.model.gpt import GPT
 from epigram.optim import schedule
+from epigram.run.lanes import lane_plan, times_are_measured
 from epigram.run.size import forecast_bytes, past_ratio
+from epigram.run.wire import messages, step_ms
 
 _CURVE_POINTS = 11
 
@@ -27,6 +29,7 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
     parts = {name: p.numel() for name, p in model.named_parameters()}
     ratio = past_ratio(past) if past else None
     forecast = round(forecast_bytes(config, model) * (ratio.mean if ratio else 1))
+    plan = lane_plan(config, world_size)
     return {
         "recipe": config.recipe,
         "summary": config.summary,
@@ -35,24 +38,37 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
         "forecast_bytes": forecast + config.artifact.code_bytes,
         **({"past": asdict(ratio)} if ratio else {}),
         "cap_bytes": config.artifact.cap_bytes,
-        "lanes": _lanes(config, world_size),
-        "world_sizes": [n for n in range(1, len(config.flat_lanes) + 1) if _fits(config, n)],
+        "lanes": _lanes(config, plan),
+        "lane_times": "measured, ms" if times_are_measured(config) else "modelled, operations",
+        "balance": plan.balance,
+        "world_sizes": _world_sizes(config),
+        "wire": [asdict(m) for m in messages(sum(parts.values()), len(plan.times), world_size)],
+        "step_ms": step_ms(config, sum(parts.values()), world_size),
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": _flops(config),
         "schedule": _curve(config),
     }
 
 
-def _lanes(config: Config, world_size: int) -> list[dict[str, int]]:
-    ranks = {lane: rank for rank in range(world_size) for lane in lanes_of_rank(config.flat_lanes, rank, world_size)}
+def _lanes(config: Config, plan: LanePlan) -> list[dict[str, float]]:
+    """share: of the time of the slowest process, which the lane takes."""
+    slowest = max(plan.loads)
     return [
-        {"lane": i, "rank": ranks[i], "seq_len": lane.seq_len, "num_seqs": lane.num_seqs}
+        {
+            "lane": i,
+            "rank": plan.rank_of(i),
+            "seq_len": lane.seq_len,
+            "num_seqs": lane.num_seqs,
+            "share": plan.times[i] / slowest,
+        }
         for i, lane in enumerate(config.flat_lanes)
     ]
 
 
-def _fits(config: Config, world_size: int) -> bool:
-    return len(config.flat_lanes) % world_size == 0
+def _world_sizes(config: Config) -> list[dict[str, float]]:
+    """Each number of processes that the lanes can be shared by, and what the plan for it predicts."""
+    plans = [lane_plan(config, n) for n in range(1, len(config.flat_lanes) + 1)]
+    return [{"processes": len(plan.ranks), "balance": plan.balance, "speedup": plan.speedup} for plan in plans]
 
 
 def _flops(config: Config) -> list[dict[str, float]]:
@@ -102,18 +118,27 @@ def print_description(description: dict[str, Any]) -> None:
         )
     tables: list[tuple[str, list[dict[str, Any]]]] = [
         ("parameters", [{"part": k, "parameters": v} for k, v in description["parameters_by_part"].items()]),
-        (f"lanes of a step ({description['tokens_per_step']:,} tokens)", description["lanes"]),
+        (
+            f"lanes of a step ({description['tokens_per_step']:,} tokens; times: {description['lane_times']}; "
+            f"predicted balance {100 * description['balance']:.1f} %)",
+            description["lanes"],
+        ),
+        ("numbers of processes that work", description["world_sizes"]),
+        ("what each process sends in a step, and ms over NVLink (H100)", description["wire"]),
         ("training operations of a token", description["flops_per_token"]),
         ("schedules", description["schedule"]),
     ]
     for title, rows in tables:
         table = Table(title=title, title_justify="left")
         for column in rows[0]:
-            table.add_column(column, justify="left" if column == "part" else "right")
+            table.add_column(column, justify="left" if column in ("part", "what") else "right")
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
         console.print(table)
-    console.print(f"world sizes that share these lanes evenly: {', '.join(map(str, description['world_sizes']))}")
+    if description["step_ms"] is not None:
+        console.print(
+            f"slowest process's lanes and messages: {description['step_ms']:.2f} ms a step, without the update"
+        )
 
 
 def _cell(value: object) -> str:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from epigram.config import load_recipe
-from epigram.data.lanes import lanes_of_rank
 from epigram.errors import UserError
+from epigram.run.lanes import lane_plan
 
 
 def launch(num_processes: int, recipe: str | None = None, overrides: Sequence[str] = ()) -> None:
@@ -16,7 +16,7 @@ def launch(num_processes: int, recipe: str | None = None, overrides: Sequence[st
     recipe, overrides: looked at first if given, so that a mistake in them is told once and not by every process.
     """
     if recipe is not None:
-        lanes_of_rank(load_recipe(recipe, overrides).flat_lanes, 0, num_processes)
+        lane_plan(load_recipe(recipe, overrides), num_processes)
     # A session of their own: Ctrl-C in a terminal comes to this process alone and is passed on once.
     torchrun = subprocess.Popen(torchrun_command(sys.argv[1:], num_processes), start_new_session=True)
     try:

@@ -2,7 +2,7 @@
 
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +16,6 @@ from epigram.attention.base import Attend, Request, candidates, choose, why_not
 from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
-from epigram.data.lanes import lanes_of_rank
 from epigram.data.loader import Loader
 from epigram.dist import collectives
 from epigram.dist.context import Context
@@ -36,6 +35,7 @@ from epigram.run.budget import Clock, make_clock
 from epigram.run.checkpoint import Saver
 from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 from epigram.run.guard import Guard
+from epigram.run.lanes import lane_plan
 from epigram.run.speed import Work, agreed_ms, training_work
 
 CACHE = Path(".cache/epigram/data")
@@ -136,10 +136,10 @@ def build_engine(config: Config, context: Context) -> Engine:
         paths["CUDA graphs"] = "on"
     model.initialize(config.seed)
     named, roles = dict(model.named_parameters()), model.roles()
-    lanes = lanes_of_rank(config.flat_lanes, context.rank, context.world_size)
-    paths["lanes"] = (
-        f"{len(config.flat_lanes)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
-    )
+    plan = lane_plan(config, context.world_size)
+    paths["lanes"] = f"{len(plan.times)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
+    if context.world_size > 1:
+        paths["lanes of each process"] = f"{_words(plan.ranks)}; predicted balance {100 * plan.balance:.1f} %"
     weights = lane_weights([lane.num_tokens for lane in config.flat_lanes], config.gradients.lane_weight)
     return Engine(
         config=config,
@@ -150,7 +150,7 @@ def build_engine(config: Config, context: Context) -> Engine:
         gradients=LaneGradients(
             named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
         ),
-        lanes=lanes,
+        lanes=plan.ranks[context.rank],
         lane_loss=compile_shapes(model.loss) if compiled else model.loss,
         losses=scoring_losses(model, compiled, config.run.attention, context),
         quantized=bank_transform(model, config),
@@ -158,6 +158,10 @@ def build_engine(config: Config, context: Context) -> Engine:
         compiled=compiled,
         capture=capture,
     )
+
+
+def _words(ranks: Iterable[Iterable[int]]) -> str:
+    return " | ".join(" ".join(map(str, lanes)) for lanes in ranks)
 
 
 def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool, dict[str, str]]:

@@ -267,6 +267,7 @@ RESULT = {
     ],
     "figures": {"peak_memory_bytes": 20_200_000_000, "first_step_s": 61.5, "weights": 5},
     "left_out": {"flex, full": "flex attention is for CUDA devices"},
+    "paste": "",
 }  # fmt: skip
 
 

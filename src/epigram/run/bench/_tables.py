@@ -23,6 +23,7 @@ def print_result(result: Result) -> None:
     console.print(_rows(result))
     _lines(console, *(_figure(name, value) for name, value in result["figures"].items()))
     _lines(console, *(f"left out: {name}: {reason}" for name, reason in result["left_out"].items()))
+    _lines(console, *(["", "for the recipe:", "", result["paste"]] if result["paste"] else []))
 
 
 def print_breakdown(found: Breakdown, file: IO[str] | None = None) -> None:

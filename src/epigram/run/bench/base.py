@@ -83,7 +83,7 @@ class Bench:
     """A benchmark at work: what it may use, and what it has found so far.
 
     compiled: whether the recipe compiles here. left_out: what was not timed, and why. figures: numbers about the whole.
-    breakdown: of a profile, if one was asked for.
+    breakdown: of a profile, if one was asked for. paste: lines for a recipe that the benchmark proposes.
     """
 
     engine: Engine
@@ -95,6 +95,7 @@ class Bench:
     left_out: dict[str, str] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     breakdown: Breakdown | None = None
+    paste: str = ""
 
     def time(
         self,

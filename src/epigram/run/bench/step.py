@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from epigram.model.cost import forward_flops_per_token
+from epigram.model.cost import training_flops
 from epigram.run.bench._profile import profile_steps
 from epigram.run.bench._updates import MOMENTUM, RATE, Updates, update_work
 from epigram.run.bench.base import Bench, Work, lane_name, random_tokens
@@ -74,8 +74,7 @@ def _lane(bench: Bench, batch: torch.Tensor) -> None:
 
 def _lane_work(bench: Bench, num_tokens: int, seq_len: int) -> Work:
     """The products and attention of a forward and a backward, which has twice as many."""
-    forward = sum(forward_flops_per_token(bench.engine.config.model, seq_len).values())
-    return Work(flops=3 * forward * num_tokens)
+    return Work(flops=training_flops(bench.engine.config.model, seq_len) * num_tokens)
 
 
 def _plan(gamma: float) -> StepPlan:
