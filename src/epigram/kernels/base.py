@@ -25,10 +25,12 @@ from epigram.kernels.products.base import Dims
 class Kernels:
     """One implementation of every operation; what each does say the files of this folder.
 
-    front: enter, look_up, scaled. trunk: trunk. residual: mix_norm. head: head_loss, head_nll.
+    products: the file of `products/` that they are built on, None for the plain ones. front: enter, look_up, scaled.
+    trunk: trunk. residual: mix_norm. head: head_loss, head_nll.
     """
 
     name: str
+    products: str | None
     enter: Callable[..., Tensor]
     look_up: Callable[..., Tensor]
     scaled: Callable[..., Tensor]
@@ -54,7 +56,7 @@ def _load(folder: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-PLAIN = Kernels(name="plain", **_load("epigram.kernels"))
+PLAIN = Kernels(name="plain", products=None, **_load("epigram.kernels"))
 
 
 def fused(products: str) -> Kernels:
@@ -62,7 +64,7 @@ def fused(products: str) -> Kernels:
     operations = _load("epigram.kernels._triton")
     chosen = plugin.load(PRODUCTS, products)
     operations["trunk"] = partial(operations["trunk"], products=chosen)
-    return Kernels(name=f"fused, products by {products}", **operations)
+    return Kernels(name=f"fused, products by {products}", products=products, **operations)
 
 
 def why_not_fused(device_type: str, capability: Capability | None, dims: Dims) -> str | None:

@@ -36,6 +36,7 @@ from epigram.run.checkpoint import Saver
 from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 from epigram.run.guard import Guard
 from epigram.run.lanes import lane_plan
+from epigram.run.precompile import precompile
 from epigram.run.speed import Work, agreed_ms, training_work
 
 CACHE = Path(".cache/epigram/data")
@@ -175,6 +176,9 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
     compiled, chosen = attach_kernels(model, config.run.kernels, config.run.compile, context)
+    seconds = precompile(config.model, model.kernels.products, context)
+    if seconds is not None:
+        paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"
     return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled, work)
 
 
