@@ -3,13 +3,16 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import tomli_w
+import torch.distributed as dist
 
 from epigram.config import Config, load_recipe, recipe_names, to_tree
 from epigram.errors import UserError
@@ -22,6 +25,8 @@ TOLERANCE_BPB = 1e-4
 
 SEPARATE = "separate"
 """Key of the result that holds the other processes' scores."""
+
+_MEETING = timedelta(minutes=5)  # the processes finish their training at about the same time
 
 
 def main(script: str, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -112,9 +117,23 @@ def _score_apart(script: Path, artifact: Path, options: argparse.Namespace) -> d
 
 
 def _next_group(environment: Mapping[str, str]) -> dict[str, str]:
-    """Under torchrun the children meet in the agent's store too, in a room of their own: that of a restart."""
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT")
-    return {} if attempt is None else {"TORCHELASTIC_RESTART_COUNT": str(int(attempt) + 1)}
+    """What differs in the environment of the children, which form a group of their own, with the ranks of ours.
+
+    They meet at another port. Rank 0 finds one that is free and tells it through the store of torchrun's agent, which
+    outlives our group; started otherwise, the next port has to do.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) == 1:
+        return {}
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {"MASTER_PORT": str(port + 1)}
+    store = dist.TCPStore(host, port, is_master=False, timeout=_MEETING)
+    key = f"epigram/port of scoring/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if environment["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            store.set(key, str(probe.getsockname()[1]))
+    return {"MASTER_PORT": store.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def _compare(out: Path, result: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
