@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,26 @@ def test_another_validation_split_is_an_error_or_a_choice(
     assert "every score will say: NOT the published one" in result.notes[0]
     assert open_data(out).validation.text.startswith("NOT the published one, allowed by choice: the validation split")
     files[VAL] = shard(9_000, 99)  # the real one is back
+    assert bring(hub, out).fetched.validation.problem is None
+    assert_right(out, files)
+
+
+def test_other_contents_of_the_right_length(
+    tmp_path: Path, hub: FakeHub, files: dict[str, bytes], tiny: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the very first fetch, where the hash of the split is published."""
+    pinned = replace(tiny, val_md5=hashlib.md5(files[VAL]).hexdigest())
+    monkeypatch.setitem(published.PUBLISHED, "tiny", pinned)
+    right = files[VAL]
+    files[VAL] = shard(9_000, 98)
+    out = tmp_path / "out"
+    with pytest.raises(
+        DataError, match=rf"MD5 {pinned.val_md5}, and this one has {hashlib.md5(files[VAL]).hexdigest()}"
+    ):
+        bring(hub, out)
+    assert not (out / FETCHED).exists()
+    assert "NOT the published one" in bring(hub, out, allow_other_validation=True).notes[0]
+    files[VAL] = right
     assert bring(hub, out).fetched.validation.problem is None
     assert_right(out, files)
 

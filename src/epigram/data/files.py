@@ -144,8 +144,13 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex; DataError when it cannot be read."""
+    return digest_of(path, "sha256")
+
+
+def digest_of(path: Path, name: str) -> str:
+    """A hash of `hashlib` of a file, in hex; DataError when it cannot be read."""
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, name).hexdigest()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

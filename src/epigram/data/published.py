@@ -1,14 +1,16 @@
 """The published token shards: where they lie, and what their validation split must be. The one table of names.
 
 The exports of parameter-golf are FineWeb in the shard format of `data.shards`, the first 50,000 documents being the
-validation split. Hashes of shards are not pinned here: the hub states the SHA-256 of each file, `data.fetch` compares
-it with what arrived and keeps it beside the shards. Hashes of the tokenizers are pinned, and tell a folder of
-published shards from one that was made with another tokenizer.
+validation split. What is known of that split is pinned: its count, and its hash where one was published. The hub states
+the SHA-256 of each file; `data.fetch` compares it with what arrived and keeps it beside the shards. Hashes of the
+tokenizers are pinned, and tell a folder of published shards from one that was made with another tokenizer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from epigram.data.files import digest_of
 from epigram.errors import UserError
 
 
@@ -18,8 +20,9 @@ class Published:
 
     name: what it is called here. repo: dataset repository on the hub. folder: name of the folder of its shards, at
     whatever depth. tokenizer: name of its model file. tokenizer_sha256: in hex. val_tokens: fewest and most tokens that
-    its validation split can have, equal where the count is known exactly; None where it is not known. train_shards:
-    full training shards that published training scripts use.
+    its validation split can have, equal where the count is known exactly; None where it is not known. val_md5: MD5 of
+    the one shard of the validation split, in hex, where somebody published it. train_shards: full training shards that
+    published training scripts use.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Published:
     tokenizer_sha256: str
     vocab_size: int
     val_tokens: tuple[int, int] | None
+    val_md5: str | None = None
     train_shards: int = 80
 
     def problem(self, num_tokens: int) -> str | None:
@@ -38,6 +42,18 @@ class Published:
         least, most = self.val_tokens
         wanted = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         return f"the validation split of {self.name} has {wanted} tokens, and this one has {num_tokens:,}"
+
+    def other_contents(self, shards: Sequence[Path]) -> str | None:
+        """Why a validation split of as many tokens is not the published one; None when it is, or nothing is known.
+
+        Raises DataError when a shard cannot be read.
+        """
+        if self.val_md5 is None or (found := [digest_of(path, "md5") for path in shards]) == [self.val_md5]:
+            return None
+        return (
+            f"the validation split of {self.name} is one shard with the MD5 {self.val_md5}, "
+            f"and this one has {', '.join(found)}"
+        )
 
 
 def _scored(num_targets: int) -> tuple[int, int]:
@@ -56,6 +72,7 @@ PUBLISHED = {
             tokenizer_sha256="849ea920119b5135ace5016137e82ab397738fc29d723d5f9a6b74c4e31af191",
             vocab_size=1024,
             val_tokens=(62_021_846, 62_021_846),
+            val_md5="273215f9cba7c4aa14873e2e8acc14d8",  # of one record's readme; no second source
         ),
         Published(  # listed by the project; whether it is published has changed (parameter-golf #899)
             name="sp2048",

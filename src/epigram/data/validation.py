@@ -104,7 +104,7 @@ def look_at(variant: Published, shards: Sequence[Shard], pinned: Validation | No
     """
     tokens = sum(shard.num_tokens for shard in shards)
     sha256 = tuple(sha256_of(shard.path) for shard in shards)
-    problem = variant.problem(tokens)
+    problem = variant.problem(tokens) or variant.other_contents([shard.path for shard in shards])
     if problem is None and pinned is not None and pinned.problem is None:
         problem = pinned.differs(variant, sha256)
     return Validation(name=variant.name, tokens=tokens, sha256=sha256, problem=problem)
