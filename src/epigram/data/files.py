@@ -35,6 +35,12 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what `written_beside` left in a folder when its process was killed; nobody may be writing there."""
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
 class Growing:
     """A file that is written over a long time, beside its place until `finish`.
 
