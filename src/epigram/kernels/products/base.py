@@ -51,9 +51,8 @@ class Products(Protocol):
         self, grad: Tensor, weight: Tensor, p: Tensor, rstd: Tensor, slope: float
     ) -> tuple[Tensor, Tensor]: ...
     def back(
-        self, a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None,
-        to: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+        self, a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]: ...
     def mixed(
         self, a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]: ...

@@ -176,12 +176,10 @@ def down_back(grad: Tensor, weight: Tensor, p: Tensor, rstd: Tensor, slope: floa
 
 
 def back(
-    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None,
-    to: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See the folder's base; the result goes into `to` if that is given."""
-    out = None if to is None else {"D": to}
-    arguments = {"config": _NARROW, "tuned": False, "out": out, "y": y, "correction": correction[None]}
+    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """See the folder's base."""
+    arguments = {"config": _NARROW, "tuned": False, "y": y, "correction": correction[None]}
     if own is None:
         return _back(a, weight, c, **arguments)["D"], None
     found = _back_own(a, weight, c, own=own[None], **arguments)
