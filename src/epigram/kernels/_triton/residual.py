@@ -304,7 +304,7 @@ def fan_in(
 
 
 class _MixNorm(torch.autograd.Function):
-    """See `epigram.kernels.residual.mix_norm`; arguments as of `_Mix`."""
+    """See `epigram.kernels.residual.mix_norm`. Arguments: how many streams, the streams, the coefficients."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *arguments: Any) -> Tensor:

@@ -21,7 +21,6 @@ from epigram.kernels.products.base import Products
 from epigram.kernels.trunk import Layer, Shape
 
 _TENSORS = ("own", "first", "qkv", "out", "gain", "value", "up", "down")  # of a layer, and the coefficient of its skip
-_PER_LAYER = len(_TENSORS) + 1
 _TOGETHER = 3  # layers whose gradients of x0 are added up in one pass
 
 
