@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from epigram.attention._flash import register
-from epigram.attention.base import Request
+from epigram.attention.base import Request, why_not_heads
 from epigram.errors import UserError
 
 try:
@@ -30,7 +30,6 @@ try:
 except ImportError:  # earlier releases do not say
     CONFIG = {}
 
-_DTYPES = (torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM = 256
 _FORWARD = ("q", "k", "v", "softmax_scale", "causal", "num_splits")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale")
@@ -43,11 +42,7 @@ def check(request: Request) -> str | None:
     if request.capability[0] != 9:
         major, minor = request.capability
         return f"flash3 is for Hopper GPUs, this one has compute capability {major}.{minor}"
-    if request.dtype not in _DTYPES:
-        return f"flash3 needs bfloat16 or float16, not {request.dtype}"
-    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
-        return f"flash3 needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
-    return _why_old() or _left_out(request)
+    return why_not_heads("flash3", request, _MOST_HEAD_DIM) or _why_old() or _left_out(request)
 
 
 def _why_old() -> str | None:

@@ -3,12 +3,11 @@
 Besides `attend` there are `forward` and `backward`, for who writes the gradient of a larger part by hand.
 """
 
-import torch
 from torch import Tensor
 
 from epigram.attention import _flash4_cache
 from epigram.attention._flash import register
-from epigram.attention.base import Request
+from epigram.attention.base import Request, why_not_heads
 from epigram.errors import UserError
 
 _flash4_cache.enable()  # before the library is imported, which is when it reads this
@@ -20,7 +19,6 @@ except ModuleNotFoundError as error:
         f"'flash4' needs flash-attn-4 (there is no module {error.name}): pip install 'epigram[flash4]'"
     ) from error
 
-_DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITIES = (9, 10, 11)
 _MOST_HEAD_DIM = 128
 
@@ -32,11 +30,7 @@ def check(request: Request) -> str | None:
     if request.capability[0] not in _CAPABILITIES:
         major, minor = request.capability
         return f"flash4 is for Hopper and Blackwell data-center GPUs, this one has compute capability {major}.{minor}"
-    if request.dtype not in _DTYPES:
-        return f"flash4 needs bfloat16 or float16, not {request.dtype}"
-    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
-        return f"flash4 needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
-    return None
+    return why_not_heads("flash4", request, _MOST_HEAD_DIM)
 
 
 def _band(window: int) -> dict[str, int | None]:
