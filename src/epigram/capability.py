@@ -1,9 +1,10 @@
 """What each kind of device can do, in one table: precision, attention, compilation, Triton kernels, and why.
 
-The choice of precision (`run.setup.pick_precision`), the order in which attention backends are preferred
-(`attention.base.candidates`), whether fused kernels are used, and the words of `epigram doctor` all come from here. A
-row says what a kind of device is good for; whether a library is installed and whether a backend can serve a certain
-layer is asked of the backends themselves (`check`), and between several that can, a run on CUDA measures.
+The precision of a run (`run.setup.pick_precision`) and of Muon (`optim.muon.resolve_dtype`), the order in which
+attention backends are preferred (`attention.base.candidates`), whether fused kernels are used, and the words of
+`epigram doctor` all come from here. A row says what a kind of device is good for; whether a library is installed and
+whether a backend can serve a certain layer is asked of the backends themselves (`check`), and between several that can,
+a run on CUDA measures.
 """
 
 import importlib.util
@@ -180,6 +181,11 @@ def support(device_type: str, capability: Capability | None = None) -> Support:
         assert capability is not None, "a CUDA device has a compute capability"
         return next(row for row in _CUDA if row.since is not None and capability >= row.since)
     return _OTHERS[device_type]
+
+
+def capability_of(device: torch.device) -> Capability | None:
+    """The compute capability of a CUDA device that is there, None for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def rows() -> tuple[Support, ...]:
