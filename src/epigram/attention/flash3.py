@@ -3,8 +3,6 @@
 There is no package of it on PyPI. It is built in the folder `hopper` of the flash-attention repository, which installs
 the module `flash_attn_interface`. Its inner functions were renamed and reordered between releases, so they are called
 by the names of their parameters, and `check` says what an installed release lacks.
-
-Besides `attend` there are `forward` and `backward`, for who writes the gradient of a larger part by hand.
 """
 
 import inspect
@@ -105,4 +103,4 @@ def _backward(
     function(**_arguments(function, window, softmax_scale=q.shape[-1] ** -0.5, **tensors))
 
 
-attend, forward, backward = register("flash3", _forward, _backward)
+attend = register("flash3", _forward, _backward)

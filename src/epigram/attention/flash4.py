@@ -1,7 +1,4 @@
-"""Attention through flash-attn-4: kernels for Hopper and Blackwell GPUs (extra `flash4`).
-
-Besides `attend` there are `forward` and `backward`, for who writes the gradient of a larger part by hand.
-"""
+"""Attention through flash-attn-4: kernels for Hopper and Blackwell GPUs (extra `flash4`)."""
 
 from torch import Tensor
 
@@ -50,7 +47,7 @@ def _backward(
     _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, dq=dq, dk=dk, dv=dv, **_band(window))
 
 
-attend, forward, backward = register("flash4", _forward, _backward)
+attend = register("flash4", _forward, _backward)
 # With as many key/value heads as query heads the backward writes their gradients directly; grouped ones go through
 # float32 sums and two conversions: 0.15 ms a layer at 73,728 tokens on an H100.
 attend.equal_heads = True  # type: ignore[attr-defined]
