@@ -157,7 +157,7 @@ def added(a: Tensor, weight: Tensor, c: Tensor, squares: bool) -> tuple[Tensor, 
 
 
 def up(a: Tensor, weight: Tensor, rstd: Tensor, slope: float, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """See the folder's base; without `keep` p is not written."""
+    """See the folder's base."""
     if keep:
         found = _up_epilogue(slope)(a, weight.T, config=_WIDE, tuned=False, rstd=rstd[None])
         return found["D"], found["hidden"]
@@ -184,7 +184,7 @@ def back(
 def mixed(
     a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See the folder's base; x is None without `keep`."""
+    """See the folder's base."""
     operands = {"own": own[None], "first": streams[0][0][None], "y": streams[0][1]}
     if len(streams) > 1:
         operands |= {"skip": streams[1][0][None], "z": streams[1][1]}

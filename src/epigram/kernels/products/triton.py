@@ -129,7 +129,7 @@ def added(a: Tensor, weight: Tensor, c: Tensor, squares: bool) -> tuple[Tensor, 
 def mixed(
     a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See the folder's base; x is None without `keep`."""
+    """See the folder's base."""
     (first, y), (skip, z) = [*streams, (None, None)][:2]
     entering = torch.empty_like(c)
     x, parts, _ = _run(
@@ -139,7 +139,7 @@ def mixed(
 
 
 def up(a: Tensor, weight: Tensor, rstd: Tensor, slope: float, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """See the folder's base; without `keep` p is not written."""
+    """See the folder's base."""
     hidden = torch.empty(a.shape[0], weight.shape[0], dtype=a.dtype, device=a.device)
     p, _, _ = _run("up", a, weight.T, second=hidden, factor=rstd, slope=slope, keep=keep)
     return p if keep else None, hidden
