@@ -22,28 +22,23 @@ import argparse
 import json
 import statistics
 import time
-import tomllib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from epigram.config import load_recipe
 from epigram.kernels import symmetric
 from epigram.kernels.choice import use_fused, why_not
-from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
-from epigram.optim.adamw import AdamWConfig
 from epigram.optim.average import Ema
 from epigram.optim.gradients import LaneGradients, total_norm
-from epigram.optim.groups import OptimConfig
-from epigram.optim.muon import Muon, MuonConfig
+from epigram.optim.muon import Muon
 from epigram.optim.optimizer import Optimizer
 from epigram.roles import ParameterRole
 
-RECIPES = Path(__file__).parents[1] / "src" / "epigram" / "recipes"
 TILES = ("128,128,64,8,3", "128,128,64,8,4", "128,128,64,4,3", "128,128,32,4,4", "64,64,64,4,4", "128,256,64,8,3")
 MULTIPLIER, MOMENTUM, MAX_NORM = 0.9, 0.95, 0.3
 
@@ -92,15 +87,13 @@ class Setup:
     """Parameters of a recipe with gradients of a realistic size, and optimizers over copies of them."""
 
     def __init__(self, recipe: str, device: torch.device) -> None:
-        table = tomllib.loads((RECIPES / f"{recipe}.toml").read_text("utf-8"))
-        model = GPT(ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in table["model"].items()}))
+        config = load_recipe(recipe)
+        model = GPT(config.model)
         torch.manual_seed(0)
         model.initialize(0)
         self.device = device
         self.roles: dict[str, ParameterRole] = model.roles()
-        self.config = OptimConfig(
-            muon=MuonConfig(**table["optim"]["muon"]), adamw=AdamWConfig(**table["optim"]["adamw"])
-        )
+        self.config = config.optim
         self._start = {name: p.detach().to(device) for name, p in model.named_parameters()}
         size = sum(p.numel() for p in self._start.values()) ** 0.5
         self._gradients = {name: torch.randn_like(p) / size for name, p in self._start.items()}  # norm 1: is clipped

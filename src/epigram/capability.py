@@ -1,13 +1,15 @@
 """What each kind of device can do, in one table: precision, attention, compilation, Triton kernels, and why.
 
-The choice of precision (`run.setup.pick_precision`), the order in which attention backends are preferred
-(`attention.base.candidates`), whether fused kernels are used, and the words of `epigram doctor` all come from here. A
-row says what a kind of device is good for; whether a library is installed and whether a backend can serve a certain
-layer is asked of the backends themselves (`check`), and between several that can, a run on CUDA measures.
+The precision of a run (`run.setup.pick_precision`) and of Muon (`optim.muon.resolve_dtype`), the order in which
+attention backends are preferred (`attention.base.candidates`), whether fused kernels are used, and the words of
+`epigram doctor` all come from here. A row says what a kind of device is good for; whether a library is installed and
+whether a backend can serve a certain layer is asked of the backends themselves (`check`), and between several that can,
+a run on CUDA measures.
 """
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -44,131 +46,95 @@ _NO_BFLOAT16 = (
     "the first tensor cores multiply float16 alone, which is unsafe for training without scaling the loss; "
     "bfloat16 is emulated there"
 )
-_COMPILES = "torch.compile writes Triton kernels for it"
-_TRITON = "Triton supports compute capability 8.0 and later"
 _NO_TRITON = "Triton supports compute capability 8.0 and later; before, its products run without tensor cores"
 _SKIPS_TILES = "flex leaves out whole tiles beyond a window"
 
+_since_ampere = partial(
+    Support,
+    precision=torch.bfloat16,
+    precision_reason="its tensor cores multiply bfloat16",
+    compiles=True,
+    compile_reason="torch.compile writes Triton kernels for it",
+    triton=True,
+    triton_reason="Triton supports compute capability 8.0 and later",
+)
+_only_float32 = partial(Support, precision=torch.float32, full=("sdpa",), windowed=("sdpa",), triton=False)
+
 _CUDA = (  # newest first: the first row whose `since` a device reaches is its row
-    Support(
+    _since_ampere(
         device="Blackwell workstation GPUs (RTX 50 series, RTX PRO)",
         since=(12, 0),
-        precision=torch.bfloat16,
-        precision_reason="its tensor cores multiply bfloat16",
         full=("sdpa", "cudnn", "flex"),
         windowed=("flex", "sdpa"),
         attention_reason=f"FlashAttention 3 and 4 are not for it; {_SKIPS_TILES}",
-        compiles=True,
-        compile_reason=_COMPILES,
-        triton=True,
-        triton_reason=_TRITON,
     ),
-    Support(
+    _since_ampere(
         device="Blackwell data-center GPUs (B200, GB200)",
         since=(10, 0),
-        precision=torch.bfloat16,
-        precision_reason="its tensor cores multiply bfloat16",
         full=("flash4", "cudnn", "sdpa", "flex"),
         windowed=("flash4", "flex", "sdpa"),
         attention_reason="flash4 is written for it; cuDNN comes next for full attention, flex for windows",
-        compiles=True,
-        compile_reason=_COMPILES,
-        triton=True,
-        triton_reason=_TRITON,
     ),
-    Support(
+    _since_ampere(
         device="Hopper GPUs (H100, H200)",
         since=(9, 0),
-        precision=torch.bfloat16,
-        precision_reason="its tensor cores multiply bfloat16",
         full=("flash4", "flash3", "cudnn", "sdpa", "flex"),
         windowed=("flash4", "flash3", "flex", "sdpa"),
         attention_reason="flash4 and flash3 are written for it and skip what a window hides; cuDNN comes next for full "
         "attention, flex for windows",
-        compiles=True,
-        compile_reason=_COMPILES,
-        triton=True,
-        triton_reason=_TRITON,
     ),
-    Support(
+    _since_ampere(
         device="Ampere and Ada workstation GPUs (RTX 30 and 40 series, A40, L4, L40)",
         since=(8, 6),
-        precision=torch.bfloat16,
-        precision_reason="its tensor cores multiply bfloat16",
         full=("sdpa", "cudnn", "flex"),
         windowed=("flex", "sdpa"),
         attention_reason=f"sdpa runs FlashAttention 2 there; {_SKIPS_TILES}",
-        compiles=True,
-        compile_reason=_COMPILES,
-        triton=True,
-        triton_reason=_TRITON,
     ),
-    Support(
+    _since_ampere(
         device="Ampere data-center GPUs (A100, A30)",
         since=(8, 0),
-        precision=torch.bfloat16,
         precision_reason="the first tensor cores that multiply bfloat16",
         full=("sdpa", "cudnn", "flex"),
         windowed=("flex", "sdpa"),
         attention_reason=f"sdpa runs FlashAttention 2 there; {_SKIPS_TILES}",
-        compiles=True,
-        compile_reason=_COMPILES,
-        triton=True,
-        triton_reason=_TRITON,
     ),
-    Support(
+    _only_float32(
         device="Volta and Turing GPUs (V100, T4, RTX 20 series)",
         since=(7, 0),
-        precision=torch.float32,
         precision_reason=_NO_BFLOAT16,
-        full=("sdpa",),
-        windowed=("sdpa",),
         attention_reason="sdpa has a memory-efficient kernel for float32; flash and flex kernels need Ampere",
         compiles=True,
         compile_reason="torch.compile supports compute capability 7.0 and later",
-        triton=False,
         triton_reason=_NO_TRITON,
     ),
-    Support(
+    _only_float32(
         device="GPUs before Volta",
         since=(0, 0),
-        precision=torch.float32,
         precision_reason="there are no tensor cores, and bfloat16 is emulated",
-        full=("sdpa",),
-        windowed=("sdpa",),
         attention_reason="sdpa has a memory-efficient kernel for float32; flash and flex kernels need Ampere",
         compiles=False,
         compile_reason="torch.compile supports compute capability 7.0 and later",
-        triton=False,
         triton_reason=_NO_TRITON,
     ),
 )
 _OTHERS = {
-    "mps": Support(
+    "mps": _only_float32(
         device="Apple GPUs (MPS)",
         since=None,
-        precision=torch.float32,
         precision_reason="float16 is unsafe for training without scaling the loss, and bfloat16 is emulated on M1 and "
         "M2 and missing before macOS 14",
-        full=("sdpa",),
-        windowed=("sdpa",),
         attention_reason="the other backends need CUDA",
         compiles=False,
         compile_reason="torch's compiler for MPS is a prototype",
-        triton=False,
         triton_reason="Triton has no backend for MPS",
     ),
-    "cpu": Support(
+    "cpu": _only_float32(
         device="CPUs",
         since=None,
-        precision=torch.float32,
         precision_reason="products in bfloat16 were measured 200 times slower on a CPU without instructions for it",
-        full=("sdpa",),
-        windowed=("sdpa",),
         attention_reason="the other backends need CUDA",
         compiles=True,
         compile_reason="torch.compile writes C++ for it",
-        triton=False,
         triton_reason="Triton compiles for GPUs; on a CPU its interpreter is for tests",
     ),
 }
@@ -180,6 +146,11 @@ def support(device_type: str, capability: Capability | None = None) -> Support:
         assert capability is not None, "a CUDA device has a compute capability"
         return next(row for row in _CUDA if row.since is not None and capability >= row.since)
     return _OTHERS[device_type]
+
+
+def capability_of(device: torch.device) -> Capability | None:
+    """The compute capability of a CUDA device that is there, None for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def rows() -> tuple[Support, ...]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from types import ModuleType
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ pytestmark = pytest.mark.gpu
 RELATIVE = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 HEADS = [(8, 4), (8, 8), (6, 2)]
 HEAD_DIM = 64
-FLASH = ("flash3", "flash4")
 
 
 def request(heads=(8, 4), window: int = 0, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> Request:
@@ -144,46 +142,6 @@ def test_queries_are_the_last_positions_of_the_keys(name: str, window: int) -> N
     full = reference.attend(q.double(), k.double(), v.double(), window)
     for count in (1, 7, 130, 399):
         assert_near([attend(q[:, -count:], k, v, window)], [full[:, -count:]], RELATIVE[torch.bfloat16])
-
-
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("name", FLASH)
-def test_gradients_into_one_packed_tensor(name: str, window: int, heads: tuple[int, int]) -> None:
-    """forward and backward by hand, eagerly and in a compiled autograd function."""
-    ready(name, request(heads, window))
-    backend = plugin.load(PACKAGE, name)
-    h, k = heads
-
-    def views(whole: Tensor) -> tuple[Tensor, ...]:
-        return whole.unflatten(-1, (-1, HEAD_DIM)).split((h, k, k), dim=2)
-
-    function = packed_function(backend, views)
-    parts = inputs(1000, heads)
-    exact = exact_of(parts, window)
-    for run in (function, torch.compile(function, fullgraph=True, dynamic=False)):
-        whole = torch.cat([x.detach().flatten(2) for x in parts], dim=-1).requires_grad_()
-        out, *_ = found = output_and_gradients(run, [whole], window)
-        assert_near([out, *views(found[1])], exact, RELATIVE[torch.bfloat16])
-
-
-def packed_function(backend: ModuleType, views: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-    class Packed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, whole: Tensor, window: int) -> Tensor:
-            out, lse = backend.forward(*views(whole), window)
-            ctx.save_for_backward(whole, out, lse)
-            ctx.window = window
-            return out
-
-        @staticmethod
-        def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-            whole, out, lse = ctx.saved_tensors
-            gradient = torch.empty_like(whole)
-            backend.backward(*views(whole), out, lse, grad, ctx.window, *views(gradient))
-            return gradient, None
-
-    return Packed.apply
 
 
 @pytest.mark.parametrize("window", [0, 512])

@@ -6,7 +6,6 @@ logarithm of the softmax's denominators, which the backward starts from.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +21,8 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor
 """(q, k, v, out, lse, grad of out, window, dq, dk, dv): fills the last three."""
 
 
-class Flash(NamedTuple):
-    """attend is differentiable; forward and backward are for who writes the gradient of a larger part by hand.
-
-    backward(q, k, v, out, lse, grad, window, dq=None, dk=None, dv=None) returns dq, dk, dv: new tensors, or the three
-    that were given, which may be views into one packed gradient.
-    """
-
-    attend: Attend
-    forward: Forward
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> Flash:
-    """The operators epigram::{name}_forward, _backward and _backward_into around two kernels.
+def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> Attend:
+    """The operators epigram::{name}_forward and _backward around two kernels, and the `attend` that calls them.
 
     The kernels get inputs and outputs whose last dimension is contiguous and whose rows are aligned to 16 bytes; views
     that are so already are passed on as they are, without a copy.
@@ -64,18 +51,6 @@ def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> F
     ) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
-    @torch.library.custom_op(f"epigram::{name}_backward_into", mutates_args=("dq", "dk", "dv"))
-    def backward_into_op(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-        dq: Tensor, dk: Tensor, dv: Tensor,
-    ) -> None:  # fmt: skip
-        wanted = (dq, dk, dv)
-        written = [x if is_aligned(x) else x.new_empty(x.shape) for x in wanted]
-        backward_kernel(aligned(q), aligned(k), aligned(v), aligned(out), lse, aligned(grad), window, *written)
-        for target, source in zip(wanted, written, strict=True):
-            if target is not source:
-                target.copy_(source)
-
     def save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         q, k, v, window = inputs
         ctx.save_for_backward(q, k, v, *output)
@@ -89,26 +64,11 @@ def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> F
     def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return forward_op(q, k, v, window)[0]
 
-    def backward(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-        dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if dq is None or dk is None or dv is None:
-            assert dq is dk is dv is None, "give all three gradients to write into, or none"
-            return backward_op(q, k, v, out, lse, grad, window)
-        backward_into_op(q, k, v, out, lse, grad, window, dq, dk, dv)
-        return dq, dk, dv
-
-    return Flash(attend, forward_op, backward)
-
-
-def is_aligned(x: Tensor) -> bool:
-    """Whether a kernel may take this view as it is."""
-    if x.stride(-1) != 1 or x.data_ptr() % _ALIGNMENT_BYTES:
-        return False
-    return all(stride * x.element_size() % _ALIGNMENT_BYTES == 0 for stride in x.stride()[:-1])
+    return attend
 
 
 def aligned(x: Tensor) -> Tensor:
     """The view itself where a kernel may take it, else a copy that is contiguous."""
-    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    whole = x.stride(-1) == 1 and x.data_ptr() % _ALIGNMENT_BYTES == 0
+    rows = all(stride * x.element_size() % _ALIGNMENT_BYTES == 0 for stride in x.stride()[:-1])
+    return x if whole and rows else x.clone(memory_format=torch.contiguous_format)

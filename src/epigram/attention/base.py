@@ -33,6 +33,9 @@ ORACLE = "reference"
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+"""What the kernels for tensor cores are written for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -93,6 +96,15 @@ def band_mask(num_queries: int, num_keys: int, window: int, device: torch.device
 def usable(request: Request) -> dict[str, str | None]:
     """Every backend of the folder with the reason why it cannot serve `request` (None: it can)."""
     return {name: why_not(name, request) for name in plugin.names(PACKAGE)}
+
+
+def why_not_heads(name: str, request: Request, most_head_dim: int) -> str | None:
+    """Why kernels cannot serve that take half precision and head sizes of whole eights; None when they can."""
+    if request.dtype not in HALF_PRECISIONS:
+        return f"{name} needs bfloat16 or float16, not {request.dtype}"
+    if request.head_dim % 8 or request.head_dim > most_head_dim:
+        return f"{name} needs a head size that is a multiple of 8 up to {most_head_dim}, not {request.head_dim}"
+    return None
 
 
 def why_not(name: str, request: Request) -> str | None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epigram.attention import sdpa
-from epigram.attention.base import Request
+from epigram.attention.base import Request, why_not_heads
 
-_DTYPES = (torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM = 128
 # Earlier ones gave wrong gradients for lengths that are no multiple of 128; torch draws the same line.
 _OLDEST = 91501
@@ -31,10 +30,8 @@ def check(request: Request) -> str | None:
         return "cudnn has no windows through torch"
     if request.longer_keys:
         return "cudnn's causal mask counts queries from the first key, so none can lie before them"
-    if request.dtype not in _DTYPES:
-        return f"cudnn needs bfloat16 or float16, not {request.dtype}"
-    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
-        return f"cudnn needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
+    if reason := why_not_heads("cudnn", request, _MOST_HEAD_DIM):
+        return reason
     version = torch.backends.cudnn.version()
     if version is None or version < _OLDEST:
         return f"cudnn is used from 9.15.1 (91501) on, this torch has {version or 'none'}"

@@ -3,8 +3,6 @@
 There is no package of it on PyPI. It is built in the folder `hopper` of the flash-attention repository, which installs
 the module `flash_attn_interface`. Its inner functions were renamed and reordered between releases, so they are called
 by the names of their parameters, and `check` says what an installed release lacks.
-
-Besides `attend` there are `forward` and `backward`, for who writes the gradient of a larger part by hand.
 """
 
 import inspect
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from epigram.attention._flash import register
-from epigram.attention.base import Request
+from epigram.attention.base import Request, why_not_heads
 from epigram.errors import UserError
 
 try:
@@ -30,7 +28,6 @@ try:
 except ImportError:  # earlier releases do not say
     CONFIG = {}
 
-_DTYPES = (torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM = 256
 _FORWARD = ("q", "k", "v", "softmax_scale", "causal", "num_splits")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale")
@@ -43,11 +40,7 @@ def check(request: Request) -> str | None:
     if request.capability[0] != 9:
         major, minor = request.capability
         return f"flash3 is for Hopper GPUs, this one has compute capability {major}.{minor}"
-    if request.dtype not in _DTYPES:
-        return f"flash3 needs bfloat16 or float16, not {request.dtype}"
-    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
-        return f"flash3 needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
-    return _why_old() or _left_out(request)
+    return why_not_heads("flash3", request, _MOST_HEAD_DIM) or _why_old() or _left_out(request)
 
 
 def _why_old() -> str | None:
@@ -110,4 +103,4 @@ def _backward(
     function(**_arguments(function, window, softmax_scale=q.shape[-1] ** -0.5, **tensors))
 
 
-attend, forward, backward = register("flash3", _forward, _backward)
+attend = register("flash3", _forward, _backward)

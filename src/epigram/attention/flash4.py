@@ -1,14 +1,10 @@
-"""Attention through flash-attn-4: kernels for Hopper and Blackwell GPUs (extra `flash4`).
+"""Attention through flash-attn-4: kernels for Hopper and Blackwell GPUs (extra `flash4`)."""
 
-Besides `attend` there are `forward` and `backward`, for who writes the gradient of a larger part by hand.
-"""
-
-import torch
 from torch import Tensor
 
 from epigram.attention import _flash4_cache
 from epigram.attention._flash import register
-from epigram.attention.base import Request
+from epigram.attention.base import Request, why_not_heads
 from epigram.errors import UserError
 
 _flash4_cache.enable()  # before the library is imported, which is when it reads this
@@ -20,7 +16,6 @@ except ModuleNotFoundError as error:
         f"'flash4' needs flash-attn-4 (there is no module {error.name}): pip install 'epigram[flash4]'"
     ) from error
 
-_DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITIES = (9, 10, 11)
 _MOST_HEAD_DIM = 128
 
@@ -32,11 +27,7 @@ def check(request: Request) -> str | None:
     if request.capability[0] not in _CAPABILITIES:
         major, minor = request.capability
         return f"flash4 is for Hopper and Blackwell data-center GPUs, this one has compute capability {major}.{minor}"
-    if request.dtype not in _DTYPES:
-        return f"flash4 needs bfloat16 or float16, not {request.dtype}"
-    if request.head_dim % 8 or request.head_dim > _MOST_HEAD_DIM:
-        return f"flash4 needs a head size that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {request.head_dim}"
-    return None
+    return why_not_heads("flash4", request, _MOST_HEAD_DIM)
 
 
 def _band(window: int) -> dict[str, int | None]:
@@ -56,7 +47,7 @@ def _backward(
     _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, dq=dq, dk=dk, dv=dv, **_band(window))
 
 
-attend, forward, backward = register("flash4", _forward, _backward)
+attend = register("flash4", _forward, _backward)
 # With as many key/value heads as query heads the backward writes their gradients directly; grouped ones go through
 # float32 sums and two conversions: 0.15 ms a layer at 73,728 tokens on an H100.
 attend.equal_heads = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from epigram.attention.base import Request, band_mask, expand_heads
+from epigram.attention.base import HALF_PRECISIONS, Request, band_mask, expand_heads
 
 # Not cuDNN: given a mask, its backward may return NaN at lengths that leave 64 when divided by 128 (torch issue
 # 196678).
@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
     # Only the flash and cuDNN kernels share keys between heads by themselves; elsewhere grouped heads would fall to the
     # generic path, which writes out all logits, and repeating the heads is cheaper.
-    shares = q.device.type == "cuda" and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    shares = q.device.type == "cuda" and mask is None and q.dtype in HALF_PRECISIONS
     if not shares:
         k, v = expand_heads(k, q.shape[2]), expand_heads(v, q.shape[2])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from epigram.capability import Capability, capability_of
 from epigram.dist import watch
 from epigram.errors import LostPeerError, StoppedError, UserError
 
@@ -38,9 +39,9 @@ class Context:
             torch.mps.synchronize()
 
     @property
-    def capability(self) -> tuple[int, int] | None:
+    def capability(self) -> Capability | None:
         """CUDA compute capability, None on other devices."""
-        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+        return capability_of(self.device)
 
 
 @contextmanager

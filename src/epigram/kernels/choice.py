@@ -6,7 +6,7 @@ kernel. The second one needs Triton to be imported, so the first one does that o
 
 import torch
 
-from epigram.capability import triton_installed, why_no_triton
+from epigram.capability import capability_of, triton_installed, why_no_triton
 from epigram.errors import UserError
 
 CHOICES = ("auto", "fused", "plain")
@@ -27,7 +27,7 @@ def use_fused(kernels: str, device: torch.device) -> bool:
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`, in a sentence; None when they can."""
-    return why_no_triton(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    return why_no_triton(device.type, capability_of(device))
 
 
 def _interpreting() -> bool:

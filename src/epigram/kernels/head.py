@@ -9,14 +9,19 @@ from torch import Tensor
 from epigram.loss import softcap, token_nll, training_loss
 
 
+def tied_logits(x: Tensor, embed: Tensor, cap: float) -> Tensor:
+    """Soft-capped logits, float32: (..., D) -> (..., V); embed (V, D) in the precision of x."""
+    return softcap(F.linear(x, embed).float(), cap)
+
+
 def head_loss(x: Tensor, embed: Tensor, targets: Tensor, cap: float, gamma: Tensor | None, floor: float) -> Tensor:
     """The training loss over final states x (B, T, D) and targets (B, T); embed (V, D) in the precision of x.
 
     See `epigram.loss.training_loss` for gamma and floor.
     """
-    return training_loss(softcap(F.linear(x, embed).float(), cap), targets, gamma, floor)
+    return training_loss(tied_logits(x, embed, cap), targets, gamma, floor)
 
 
 def head_nll(x: Tensor, embed: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Nats of each target, (B, T) float32."""
-    return token_nll(softcap(F.linear(x, embed).float(), cap), targets)
+    return token_nll(tied_logits(x, embed, cap), targets)

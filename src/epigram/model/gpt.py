@@ -14,9 +14,9 @@ from epigram.attention.base import Attend
 from epigram.attention.sdpa import attend as sdpa_attend
 from epigram.kernels.base import PLAIN, Kernels
 from epigram.kernels.front import smear
+from epigram.kernels.head import tied_logits
 from epigram.kernels.heads import HeadCounts
 from epigram.kernels.trunk import Layer, Shape
-from epigram.loss import softcap
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.embeddings import BigramEmbedding, Skips, SmearGate, ValueEmbedding
@@ -168,7 +168,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Soft-capped logits, float32, from the final states: (..., D) -> (..., V)."""
-        return softcap(F.linear(x, self.embed.to(x.dtype)).float(), self.config.softcap)
+        return tied_logits(x, self.embed.to(x.dtype), self.config.softcap)
 
     def loss(
         self,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from epigram.capability import capability_of, support
 from epigram.kernels.muon import descend, nesterov, num_parts
 from epigram.optim.base import Group, not_among, outside, refuse
 from epigram.optim.orthogonalize import MAX_ITERATIONS, coefficients, orthogonalize
@@ -218,12 +219,8 @@ class Muon:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` means on `device`; "auto" is bfloat16 where the GPU multiplies it natively."""
-    if name != "auto":
-        return _DTYPES[name]
-    # Compute capability 8 (Ampere) is the first with bfloat16 products.
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.bfloat16 if native else torch.float32
+    """The dtype that `name` means on `device`; for "auto" the one that the capability table gives this device."""
+    return support(device.type, capability_of(device)).precision if name == "auto" else _DTYPES[name]
 
 
 def _bank_names(groups: Sequence[Group]) -> list[str]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epigram.kernels._triton.launch import num_programs, padded
+from epigram.kernels._triton.launch import num_programs, tile
 from epigram.kernels.residual import NORM_EPS
 
 
@@ -57,8 +57,8 @@ def _enter_backward_kernel(
     share = tl.zeros((WIDTH,), tl.float32)[None, :]
     if HAS_GATE:
         share = tl.load(gate + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        rows = (index * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = rows < num_rows
         mask = here[:, None] & inside[None, :]
         at = rows[:, None] * width + columns[None, :]
@@ -113,11 +113,6 @@ def _scaled_backward_kernel(
     tl.store(grad_scale + rows, tl.sum(g * weight, 1), mask=here)
 
 
-def _tile(width: int) -> tuple[int, int]:
-    wide = padded(width)
-    return max(1, 2048 // wide), wide
-
-
 class _Enter(torch.autograd.Function):
     """See `epigram.kernels.front.enter`."""
 
@@ -130,7 +125,7 @@ class _Enter(torch.autograd.Function):
         out = torch.empty(batch, length, width, dtype=dtype, device=embed.device)
         rstd = torch.empty(num_rows, dtype=torch.float32, device=embed.device)
         tokens = tokens.contiguous()
-        rows, wide = _tile(width)
+        rows, wide = tile(width)
         _enter_kernel[(triton.cdiv(num_rows, rows),)](
             tokens, embed, extra, gate, out, rstd, num_rows, length, width, eps=NORM_EPS,
             HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, ROWS=rows, WIDTH=wide, num_warps=4,
@@ -144,7 +139,7 @@ class _Enter(torch.autograd.Function):
         width, num_rows = embed.shape[1], tokens.numel()
         grad = grad.contiguous()
         grad_in = torch.empty_like(grad)
-        rows, wide = _tile(width)
+        rows, wide = tile(width)
         num_tiles = triton.cdiv(num_rows, rows)
         programs = num_programs(grad.device, 4, num_tiles)
         sums = torch.empty(programs, width, dtype=torch.float32, device=grad.device)
@@ -167,7 +162,7 @@ def scatter(grad: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
     """Sum of the rows of `grad` (tokens, D) by token, float32 (V, D): the gradient of a table that was looked up."""
     found = torch.zeros_like(table)
     width = table.shape[1]
-    rows, wide = _tile(width)
+    rows, wide = tile(width)
     num_rows = tokens.numel()
     _scatter_kernel[(triton.cdiv(num_rows, rows),)](
         grad, tokens, found, num_rows, width, ROWS=rows, WIDTH=wide, num_warps=4
@@ -201,7 +196,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bank: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty_like(bank, dtype=dtype)
-        rows, wide = _tile(bank.shape[-1])
+        rows, wide = tile(bank.shape[-1])
         scale = scale.contiguous()
         _scaled_kernel[(triton.cdiv(scale.numel(), rows),)](
             bank, scale, out, scale.numel(), bank.shape[-1], ROWS=rows, WIDTH=wide, num_warps=4
@@ -213,7 +208,7 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bank, scale = ctx.saved_tensors
         d_bank, d_scale = torch.empty_like(bank), torch.empty_like(scale)
-        rows, wide = _tile(bank.shape[-1])
+        rows, wide = tile(bank.shape[-1])
         _scaled_backward_kernel[(triton.cdiv(scale.numel(), rows),)](
             grad.contiguous(), bank, scale, d_bank, d_scale, scale.numel(), bank.shape[-1],
             ROWS=rows, WIDTH=wide, num_warps=4,

@@ -1,4 +1,4 @@
-"""What the launches share: how many programs fill a device."""
+"""What the launches share: how many programs fill a device, and how large their tiles are."""
 
 import functools
 
@@ -25,7 +25,7 @@ def padded(width: int) -> int:
     return triton.next_power_of_2(width)
 
 
-def tile(width: int, elements: int = 2048) -> tuple[int, int]:
-    """Rows and padded width of a tile of about so many elements: enough loads in flight without spilling."""
+def tile(width: int) -> tuple[int, int]:
+    """Rows and padded width of a tile of about 2048 elements: enough loads in flight without spilling."""
     wide = padded(width)
-    return max(1, elements // wide), wide
+    return max(1, 2048 // wide), wide

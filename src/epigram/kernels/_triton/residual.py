@@ -188,63 +188,11 @@ def enter_first(x0: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _branch_back_kernel(
-    g0, g1, g2, x, c0, c1, out, sums, num_rows, width, num_tiles,
-    SKIP: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """out = c0 * g0 + c1 * g1 + g2; sums of g0 * x and of g1 * x over the rows of each program."""
-    program, step = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, WIDTH)
-    inside = columns < width
-    sum0 = tl.zeros((ROWS, WIDTH), tl.float32)
-    sum1 = tl.zeros((ROWS, WIDTH), tl.float32)
-    w0 = tl.load(c0 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    w1 = _coefficient(c1, columns, inside, SKIP)[None, :]
-    for index in range(program, num_tiles, step):
-        rows = (index * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (rows < num_rows)[:, None] & inside[None, :]
-        at = rows[:, None] * width + columns[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(g0 + at, mask=mask, other=0.0).to(tl.float32)
-        sum0 += grad * value
-        total = grad * w0
-        if SKIP:
-            grad = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
-            sum1 += grad * value
-            total += grad * w1
-        if KEPT:
-            total += tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
-    base = sums + program * 2 * width + columns
-    tl.store(base, tl.sum(sum0, 0), mask=inside)
-    tl.store(base + width, tl.sum(sum1, 0), mask=inside)
-
-
-def branch_back(
-    following: Tensor, own: Tensor, skipped: Tensor | None, skip: Tensor | None, kept: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradient of a stream x that goes several ways: own * following + skip * skipped + kept, rows (N, D).
-
-    Also the gradients of own and skip, (2, D).
-    """
-    num_rows, width = x.shape
-    out = torch.empty_like(x)
-    rows, wide = tile(width)
-    num_tiles = triton.cdiv(num_rows, rows)
-    programs = num_programs(x.device, 2, num_tiles)
-    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
-    _branch_back_kernel[(programs,)](
-        following, skipped, kept, x, own, skip, out, sums, num_rows, width, num_tiles,
-        SKIP=skipped is not None, KEPT=kept is not None, ROWS=rows, WIDTH=wide, num_warps=4,
-    )  # fmt: skip
-    return out, sums.sum(0)
-
-
-@triton.jit
 def _fan_in_kernel(
-    g0, g1, g2, c0, c1, c2, x0, so_far, out, sums, num_rows, width, num_tiles,
+    g0, g1, g2, c0, c1, c2, x, so_far, out, sums, num_rows, width, num_tiles,
     COUNT: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """out = c0 * g0 + c1 * g1 + c2 * g2 + so_far; sums of each gradient times x over the rows of each program."""
     program, step = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, WIDTH)
     inside = columns < width
@@ -258,17 +206,17 @@ def _fan_in_kernel(
         rows = (index * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < num_rows)[:, None] & inside[None, :]
         at = rows[:, None] * width + columns[None, :]
-        first = tl.load(x0 + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(g0 + at, mask=mask, other=0.0).to(tl.float32)
-        sum0 += grad * first
+        sum0 += grad * value
         total = grad * w0
         if COUNT > 1:
             grad = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
-            sum1 += grad * first
+            sum1 += grad * value
             total += grad * w1
         if COUNT > 2:
             grad = tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
-            sum2 += grad * first
+            sum2 += grad * value
             total += grad * w2
         if MORE:
             total += tl.load(so_far + at, mask=mask, other=0.0).to(tl.float32)
@@ -282,29 +230,29 @@ def _fan_in_kernel(
 
 
 def fan_in(
-    gradients: Sequence[Tensor], coefficients: Sequence[Tensor], x0: Tensor, so_far: Tensor | None
+    gradients: Sequence[Tensor], coefficients: Sequence[Tensor], x: Tensor, so_far: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """so_far + sum of coefficient * gradient, rows (N, D), for up to three; and the coefficients' gradients (count, D).
+    """Gradient of a stream x, rows (N, D), that goes up to three ways, and the coefficients' gradients (count, D).
 
-    Each gradient is that of a stream to which coefficient * x0 was added.
+    It is so_far + sum of coefficient * gradient: each gradient is that of a stream to which coefficient * x was added.
     """
-    count, (num_rows, width) = len(gradients), x0.shape
+    count, (num_rows, width) = len(gradients), x.shape
     assert 0 < count <= _MOST_STREAMS
-    out = torch.empty_like(x0)
+    out = torch.empty_like(x)
     rows, wide = tile(width)
     num_tiles = triton.cdiv(num_rows, rows)
-    programs = num_programs(x0.device, 2, num_tiles)
-    sums = torch.empty(programs, count, width, dtype=torch.float32, device=x0.device)
+    programs = num_programs(x.device, 2, num_tiles)
+    sums = torch.empty(programs, count, width, dtype=torch.float32, device=x.device)
     pad = [None] * (_MOST_STREAMS - count)
     _fan_in_kernel[(programs,)](
-        *gradients, *pad, *coefficients, *pad, x0, so_far, out, sums, num_rows, width, num_tiles,
+        *gradients, *pad, *coefficients, *pad, x, so_far, out, sums, num_rows, width, num_tiles,
         COUNT=count, MORE=so_far is not None, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return out, sums.sum(0)
 
 
 class _MixNorm(torch.autograd.Function):
-    """See `epigram.kernels.residual.mix_norm`; arguments as of `_Mix`."""
+    """See `epigram.kernels.residual.mix_norm`. Arguments: how many streams, the streams, the coefficients."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *arguments: Any) -> Tensor:

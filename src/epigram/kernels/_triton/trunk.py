@@ -5,8 +5,8 @@ product that ends the MLP also mixes the next layer's stream. Backward, the mix 
 
 - own * x, with x = y + hidden @ downᵀ: the gradient d of what enters the next layer goes through (own * down) and
   own * y as it is; the gradient of `own` is that of own * y, a sum beside a product, plus sums of (dᵀ hidden) * down.
-- only where x also goes elsewhere (a skip, or kept for the head) its gradient is written out: `branch_back`.
-- first * x0: the gradients of a few layers wait for each other, so that one kernel adds them up: `fan_in`.
+- only where x also goes elsewhere (a skip, or kept for the head) its gradient is written out, by `fan_in`.
+- first * x0: the gradients of a few layers wait for each other, so that one call of `fan_in` adds them up.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from epigram.kernels._triton.heads import AttentionRecord, attention_backward, attention_forward
-from epigram.kernels._triton.residual import branch_back, correction_of, enter_first, fan_in, rstd_of_squares
+from epigram.kernels._triton.residual import correction_of, enter_first, fan_in, rstd_of_squares
 from epigram.kernels.products.base import Products
 from epigram.kernels.trunk import Layer, Shape
 
 _TENSORS = ("own", "first", "qkv", "out", "gain", "value", "up", "down")  # of a layer, and the coefficient of its skip
-_PER_LAYER = len(_TENSORS) + 1
 _TOGETHER = 3  # layers whose gradients of x0 are added up in one pass
 
 
@@ -113,15 +112,12 @@ class _Trunk(torch.autograd.Function):
                 g = grad.reshape(-1, width).contiguous()
             elif index in setting.sources:
                 taker = taken_by.get(index)
+                following, coefficients = [entered[index + 1]], [layers[index + 1].own]
+                if taker is not None:
+                    following.append(entered[taker])
+                    coefficients.append(layers[taker].skip[1])
                 kept = grad_kept.reshape(-1, width) if index == setting.kept and grad_kept is not None else None
-                g, sums = branch_back(
-                    entered[index + 1],
-                    layers[index + 1].own,
-                    None if taker is None else entered[taker],
-                    None if taker is None else layers[taker].skip[1],
-                    kept,
-                    outputs.pop(index),
-                )
+                g, sums = fan_in(following, coefficients, outputs.pop(index), kept)
                 found[index + 1]["own"] = sums[0]
                 if taker is not None:
                     found[taker]["skip"] = sums[1]

@@ -7,12 +7,13 @@ over the columns of each row, they come as partial sums (N, parts) float32, to b
 
     scaled(a, weight, rstd)                   rstd * (a @ weightᵀ)
     added(a, weight, c, squares)              a @ weightᵀ + c; and with `squares` the sums of its squares
-    up(a, weight, rstd, slope)                p = rstd * (a @ weightᵀ), and its leaky square
+    up(a, weight, rstd, slope, keep)          p = rstd * (a @ weightᵀ), and its leaky square; without `keep` no p
     down_back(grad, weight, p, rstd, slope)   g = (grad @ weight) * (leaky square)'(p): rstd * g, and the sums of g * p
     back(a, weight, c, y, correction, own)    a @ weight + own * c + correction * y; with `own` (columns,) also the
                                               sums of c * y over rows
     mixed(a, weight, c, own, streams, keep)   x = a @ weightᵀ + c, and own * x + sum of coefficient * stream with the
-                                              sums of its squares; streams: one or two pairs (coefficient, stream)
+                                              sums of its squares; streams: one or two pairs (coefficient, stream);
+                                              without `keep` no x
 
 They hold all that an RMS norm needs. Its view h = rstd * y is never written: rstd multiplies the rows of a product.
 Its backward pass, rstd * (dh - h * mean(dh * h)), needs the mean of dh * h = (dp @ weight) * h, which is the mean of
@@ -51,9 +52,8 @@ class Products(Protocol):
         self, grad: Tensor, weight: Tensor, p: Tensor, rstd: Tensor, slope: float
     ) -> tuple[Tensor, Tensor]: ...
     def back(
-        self, a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None,
-        to: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+        self, a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]: ...
     def mixed(
         self, a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]: ...

@@ -35,10 +35,11 @@ def check(device_type: str, capability: tuple[int, int] | None, dims: Dims) -> s
     return None
 
 
-def _partial_sums(name: str) -> ColVecReduce:
-    reduce = ColVecReduce(name, scaled=True)
-    reduce.host_finalize = None  # the next kernel adds the parts up
-    return reduce
+def _parts_of(kind: Any, name: str) -> dict[str, Any]:
+    """An epilogue's sums of products of two values, left in parts: `kind` says over columns or over rows."""
+    reduce = kind(name, scaled=True)
+    reduce.host_finalize = None  # what reads them adds the parts up
+    return {name: reduce}
 
 
 @gemm_epilogue(ops={"rstd": ColVecLoad("rstd")})
@@ -51,42 +52,36 @@ def _added(acc: Any, c: Any) -> dict[str, Any]:
     return {"D": acc + c}
 
 
-@gemm_epilogue(reduces={"squares": _partial_sums("squares")})
+@gemm_epilogue(reduces=_parts_of(ColVecReduce, "squares"))
 def _added_squares(acc: Any, c: Any) -> dict[str, Any]:
     x = acc + c
     return {"D": x, "squares": (x, x)}
-
-
-def _row_sums(name: str) -> RowVecReduce:
-    reduce = RowVecReduce(name, scaled=True)
-    reduce.host_finalize = None
-    return reduce
 
 
 _MIXING = {"own": RowVecLoad("own"), "first": RowVecLoad("first"), "y": TileLoad("y")}
 _SKIPPING = {**_MIXING, "skip": RowVecLoad("skip"), "z": TileLoad("z")}
 
 
-@gemm_epilogue(ops=_MIXING, reduces={"squares": _partial_sums("squares")})
+@gemm_epilogue(ops=_MIXING, reduces=_parts_of(ColVecReduce, "squares"))
 def _mixed(acc: Any, c: Any, own: Any, y: Any, first: Any) -> dict[str, Any]:
     entering = (acc + c) * own + y * first
     return {"D": entering, "squares": (entering, entering)}
 
 
-@gemm_epilogue(outputs=("x",), ops=_MIXING, reduces={"squares": _partial_sums("squares")})
+@gemm_epilogue(outputs=("x",), ops=_MIXING, reduces=_parts_of(ColVecReduce, "squares"))
 def _mixed_kept(acc: Any, c: Any, own: Any, y: Any, first: Any) -> dict[str, Any]:
     x = acc + c
     entering = x * own + y * first
     return {"D": entering, "x": x, "squares": (entering, entering)}
 
 
-@gemm_epilogue(ops=_SKIPPING, reduces={"squares": _partial_sums("squares")})
+@gemm_epilogue(ops=_SKIPPING, reduces=_parts_of(ColVecReduce, "squares"))
 def _mixed_skip(acc: Any, c: Any, own: Any, y: Any, first: Any, z: Any, skip: Any) -> dict[str, Any]:
     entering = (acc + c) * own + y * first + z * skip
     return {"D": entering, "squares": (entering, entering)}
 
 
-@gemm_epilogue(outputs=("x",), ops=_SKIPPING, reduces={"squares": _partial_sums("squares")})
+@gemm_epilogue(outputs=("x",), ops=_SKIPPING, reduces=_parts_of(ColVecReduce, "squares"))
 def _mixed_skip_kept(acc: Any, c: Any, own: Any, y: Any, first: Any, z: Any, skip: Any) -> dict[str, Any]:
     x = acc + c
     entering = x * own + y * first + z * skip
@@ -103,7 +98,7 @@ _MIXED = {
 
 @gemm_epilogue(
     ops={"correction": ColVecLoad("correction"), "y": TileLoad("y"), "own": RowVecLoad("own")},
-    reduces={"sums": _row_sums("sums")},
+    reduces=_parts_of(RowVecReduce, "sums"),
 )
 def _back_own(acc: Any, c: Any, y: Any, correction: Any, own: Any) -> dict[str, Any]:
     return {"D": acc + c * own + y * correction, "sums": (c, y)}
@@ -140,7 +135,7 @@ def _hidden_epilogue(slope: float) -> Any:
 def _down_back_epilogue(slope: float) -> Any:
     below = 2.0 * slope * slope
 
-    @gemm_epilogue(ops={"rstd": ColVecLoad("rstd")}, reduces={"sums": _partial_sums("sums")})
+    @gemm_epilogue(ops={"rstd": ColVecLoad("rstd")}, reduces=_parts_of(ColVecReduce, "sums"))
     def down_back_epilogue(acc: Any, c: Any, rstd: Any) -> dict[str, Any]:
         g = acc * (activation.relu(c) * (2.0 - below) + c * below)
         return {"D": g * rstd, "sums": (g, c)}
@@ -162,7 +157,7 @@ def added(a: Tensor, weight: Tensor, c: Tensor, squares: bool) -> tuple[Tensor, 
 
 
 def up(a: Tensor, weight: Tensor, rstd: Tensor, slope: float, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """See the folder's base; without `keep` p is not written."""
+    """See the folder's base."""
     if keep:
         found = _up_epilogue(slope)(a, weight.T, config=_WIDE, tuned=False, rstd=rstd[None])
         return found["D"], found["hidden"]
@@ -176,12 +171,10 @@ def down_back(grad: Tensor, weight: Tensor, p: Tensor, rstd: Tensor, slope: floa
 
 
 def back(
-    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None,
-    to: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See the folder's base; the result goes into `to` if that is given."""
-    out = None if to is None else {"D": to}
-    arguments = {"config": _NARROW, "tuned": False, "out": out, "y": y, "correction": correction[None]}
+    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """See the folder's base."""
+    arguments = {"config": _NARROW, "tuned": False, "y": y, "correction": correction[None]}
     if own is None:
         return _back(a, weight, c, **arguments)["D"], None
     found = _back_own(a, weight, c, own=own[None], **arguments)
@@ -191,7 +184,7 @@ def back(
 def mixed(
     a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See the folder's base; x is None without `keep`."""
+    """See the folder's base."""
     operands = {"own": own[None], "first": streams[0][0][None], "y": streams[0][1]}
     if len(streams) > 1:
         operands |= {"skip": streams[1][0][None], "z": streams[1][1]}

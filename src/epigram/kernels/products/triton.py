@@ -96,15 +96,14 @@ def _product_kernel(
 
 
 def _run(
-    kind: str, a: Tensor, b: Tensor, *, d: Tensor | None = None, second: Tensor | None = None, c: Tensor | None = None,
-    y: Tensor | None = None, z: Tensor | None = None, factor: Tensor | None = None, own: Tensor | None = None,
-    first: Tensor | None = None, skip: Tensor | None = None, slope: float = 0.0, sums: bool = False, keep: bool = True,
+    kind: str, a: Tensor, b: Tensor, *, second: Tensor | None = None, c: Tensor | None = None, y: Tensor | None = None,
+    z: Tensor | None = None, factor: Tensor | None = None, own: Tensor | None = None, first: Tensor | None = None,
+    skip: Tensor | None = None, slope: float = 0.0, sums: bool = False, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The product, partial sums over columns and partial sums over rows, as far as they are asked for."""
     (num_rows, depth), num_columns = a.shape, b.shape[1]
     tiles_m, tiles_n = triton.cdiv(num_rows, _TILE_M), triton.cdiv(num_columns, _TILE_N)
-    if d is None:
-        d = torch.empty(num_rows if keep else 0, num_columns, dtype=a.dtype, device=a.device)
+    d = torch.empty(num_rows if keep else 0, num_columns, dtype=a.dtype, device=a.device)
     parts = torch.empty(num_rows if sums else 0, tiles_n, dtype=torch.float32, device=a.device)
     row_sums = kind == "back" and own is not None
     row_parts = torch.empty(tiles_m if row_sums else 0, num_columns, dtype=torch.float32, device=a.device)
@@ -130,7 +129,7 @@ def added(a: Tensor, weight: Tensor, c: Tensor, squares: bool) -> tuple[Tensor, 
 def mixed(
     a: Tensor, weight: Tensor, c: Tensor, own: Tensor, streams: Sequence[tuple[Tensor, Tensor]], keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See the folder's base; x is None without `keep`."""
+    """See the folder's base."""
     (first, y), (skip, z) = [*streams, (None, None)][:2]
     entering = torch.empty_like(c)
     x, parts, _ = _run(
@@ -140,7 +139,7 @@ def mixed(
 
 
 def up(a: Tensor, weight: Tensor, rstd: Tensor, slope: float, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """See the folder's base; without `keep` p is not written."""
+    """See the folder's base."""
     hidden = torch.empty(a.shape[0], weight.shape[0], dtype=a.dtype, device=a.device)
     p, _, _ = _run("up", a, weight.T, second=hidden, factor=rstd, slope=slope, keep=keep)
     return p if keep else None, hidden
@@ -153,9 +152,8 @@ def down_back(grad: Tensor, weight: Tensor, p: Tensor, rstd: Tensor, slope: floa
 
 
 def back(
-    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None,
-    to: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See the folder's base; the result goes into `to` if that is given."""
-    d, _, row_parts = _run("back", a, weight, d=to, c=c, y=y, factor=correction, own=own)
+    a: Tensor, weight: Tensor, c: Tensor, y: Tensor, correction: Tensor, own: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """See the folder's base."""
+    d, _, row_parts = _run("back", a, weight, c=c, y=y, factor=correction, own=own)
     return d, None if own is None else row_parts.sum(0)
