@@ -1,11 +1,11 @@
 """The rules that need nothing but reading: files, figures against each other, limits, code as text, significance."""
 
 import ast
-import hashlib
 import statistics as plain
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from epigram.data.files import sha256_of
 from epigram.errors import UserError
 from epigram.run import statistics
 from epigram.run.submission.bundle import shipped_sources, stripped, unpacked
@@ -117,7 +117,7 @@ def sizes(record: Record, limits: Limits) -> Iterator[Finding]:
 
 def _artifact(record: Record, log: LogFacts) -> Iterator[Finding]:
     path = record.artifacts.get(log.seed) if log.seed is not None else None
-    if path is not None and log.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != log.sha256:
+    if path is not None and log.sha256 and sha256_of(path) != log.sha256:
         yield Finding(rule="size.artifact", message=f"{path.name} is not the file that {log.name} scored")
 
 
