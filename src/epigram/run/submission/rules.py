@@ -150,12 +150,11 @@ def code(record: Record) -> Iterator[Finding]:
         files = unpacked(record.script)
         texts = [record.script, *(text for name, text in (files or {}).items() if name.endswith(".py"))]
         modules = {name for text in texts for name in imported(text)}
-        trees = [ast.parse(text) for text in texts]
     except (SyntaxError, ValueError, UserError) as error:
         yield Finding(rule="code.syntax", message=f"train_gpt.py cannot be parsed: {error}")
         return
     if files is None:
-        yield from _dangers(trees)
+        yield from _dangers(ast.parse(record.script))
     else:
         yield from _package(files)
     # What is imported where it may be missing is optional: in functions of ours, behind a choice of the recipe.
@@ -165,15 +164,14 @@ def code(record: Record) -> Iterator[Finding]:
         yield Finding(rule="code.requirements", message=f"train_gpt.py imports {name}, which is not declared")
 
 
-def _dangers(trees: list[ast.Module]) -> Iterator[Finding]:
-    calls = {ast.unparse(node.func) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)}
+def _dangers(tree: ast.Module) -> Iterator[Finding]:
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     names = set()
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module.split(".")[0])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
     for name in sorted(names & _NETWORK):
         yield Finding(rule="code.network", message=f"train_gpt.py imports {name}")
     for call in sorted(calls & {"torch.load", "pickle.load", "pickle.loads"}):
