@@ -84,9 +84,8 @@ def token_nlls(
     groups = _groups(method.plan(num_targets), adapter, chunk_tokens)
     with torch.no_grad():
         for part in _released(nll, tokens, groups, method, device, batch_tokens, adapter):
-            counts = part.scored.cpu().numpy()
-            targets = (part.first[:, None] + np.arange(counts.shape[1]))[counts]
-            found[targets] = part.losses.cpu().numpy()[counts]
+            targets, nats = part.counted()
+            found[targets] = nats
             np.add.at(times, targets, 1)
     assert np.all(times == 1), "every token must be scored once"
     return found
