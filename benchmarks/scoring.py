@@ -24,8 +24,7 @@ SEGMENT = 1 << 18
 WARM_UP = 1 << 18  # tokens
 
 
-def streaming(length: int, **settings: Any) -> Method:
-    overlap = settings.pop("overlap", 2)
+def streaming(length: int, overlap: int = 2, **settings: Any) -> Method:
     segment = max(SEGMENT, (overlap + 1) * 2 * length)
     config = StreamingConfig(segment_tokens=segment, overlap=overlap, **settings)
     return Method(name="streaming", seq_len=length, stride=1, streaming=config)

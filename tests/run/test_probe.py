@@ -141,7 +141,14 @@ def test_a_tail_that_is_scored_twice_is_caught(model: GPT, data: DataFolder, mon
 
     monkeypatch.setattr(passes, "_rows", again)
     tokens = data.stream("val")[:101]  # the last window scores 4
-    times = module._times(honest(model), method("sliding"), CONTEXT.device, 64, tokens)
+    subject = module.Subject(
+        losses=honest(model),
+        tables=data.tokenizer.byte_tables(),
+        method=method("sliding"),
+        device=CONTEXT.device,
+        batch_tokens=64,
+    )
+    times = subject.times(tokens)
     assert not probes.once(lambda t: Score(1.0, 100, 1), lambda t: times, tokens).passed
 
 

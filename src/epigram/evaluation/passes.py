@@ -45,6 +45,11 @@ class Part:
     first: NDArray[np.int64]
     num_scored: int
 
+    def counted(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The targets that count, (num_scored,), and what each costs in nats, likewise."""
+        counts = self.scored.cpu().numpy()
+        return (self.first[:, None] + np.arange(counts.shape[1]))[counts], self.losses.cpu().numpy()[counts]
+
 
 def parts(
     nll: TokenLoss | OpenStream,

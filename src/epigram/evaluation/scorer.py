@@ -42,10 +42,9 @@ def score(
     """What `nll` loses on every token of `tokens` but the first, by `method`.
 
     nll: a TokenLoss, for method streaming an OpenStream. tokens: (n + 1,) the whole stream, the same on every rank.
-    expected_bytes: the bytes of text that the
-    manifest gives for it; None only where there is no manifest. byte_counts: (n + 1,) bytes of text that each token
-    stands for, where the tables do not tell. reduce: needed with more than one rank to get
-    the whole score; without it the result is this rank's part, and parts add up. batch_tokens: at most this
+    expected_bytes: the bytes of text that the manifest gives for it; None only where there is no manifest. byte_counts:
+    (n + 1,) bytes of text that each token stands for, where the tables do not tell. reduce: needed with more than one
+    rank to get the whole score; without it the result is this rank's part, and parts add up. batch_tokens: at most this
     many tokens a forward. adapter, chunk_tokens: who learns from each chunk of so many tokens after it was scored.
 
     The sum is kept in float64 on the device and read once at the end. Raises DataError when the bytes differ
@@ -84,9 +83,8 @@ def token_nlls(
     groups = _groups(method.plan(num_targets), adapter, chunk_tokens)
     with torch.no_grad():
         for part in _released(nll, tokens, groups, method, device, batch_tokens, adapter):
-            counts = part.scored.cpu().numpy()
-            targets = (part.first[:, None] + np.arange(counts.shape[1]))[counts]
-            found[targets] = part.losses.cpu().numpy()[counts]
+            targets, nats = part.counted()
+            found[targets] = nats
             np.add.at(times, targets, 1)
     assert np.all(times == 1), "every token must be scored once"
     return found

@@ -51,6 +51,11 @@ class StreamingConfig:
             raise ValueError("; ".join(problems))
 
 
+def stride_of(method: str, seq_len: int, stride: int) -> int:
+    """The stride of a method: `stride` where it is free, the one that there is for blocks and streaming."""
+    return {"blocks": seq_len, "streaming": 1}.get(method, stride)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to score: windows of `seq_len` tokens that start every `stride` tokens. "blocks" has stride = seq_len.
@@ -67,8 +72,7 @@ class Method:
 
     def __post_init__(self) -> None:
         problems = [p for p in (_unknown_method(self.name), *_bad_window(self.seq_len, self.stride)) if p]
-        fixed = {"blocks": self.seq_len, "streaming": 1}.get(self.name, self.stride)
-        if self.stride != fixed:
+        if self.stride != stride_of(self.name, self.seq_len, self.stride):
             words = "seq_len" if self.name == "blocks" else "1"
             problems.append(f"method {self.name} has stride = {words}, not {self.stride} and {self.seq_len}")
         if self.name == "streaming":
@@ -121,7 +125,7 @@ class EvalConfig:
 
     def method(self, name: str) -> Method:
         """The method called `name` with this config's sizes; UserError for an unknown one."""
-        stride = {"blocks": self.seq_len, "streaming": 1}.get(name, self.stride)
+        stride = stride_of(name, self.seq_len, self.stride)
         return Method(name=name, seq_len=self.seq_len, stride=stride, streaming=self.streaming)
 
 

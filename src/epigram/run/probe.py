@@ -1,11 +1,12 @@
 """Puts the probes of `epigram.evaluation.probes` to a model and the beginning of a split, method by method."""
 
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epigram.byte_tables import ByteTables
 from epigram.data.dataset import DataFolder
 from epigram.dist.context import Context
 from epigram.errors import UserError
@@ -14,7 +15,7 @@ from epigram.evaluation.bpb import Score
 from epigram.evaluation.passes import parts
 from epigram.evaluation.probes import Finding
 from epigram.evaluation.scorer import score, token_nlls
-from epigram.evaluation.windows import Method, StreamingConfig
+from epigram.evaluation.windows import Method
 from epigram.run.setup import Losses
 
 _CONTEXTS = (1, 5, 33)  # tokens before the predictions whose probabilities are added up
@@ -29,6 +30,61 @@ class ProbeError(UserError):
     """A score that must not be believed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What experiments are made with: a model's losses, and how they are scored, in forwards of at most `batch_tokens`.
+
+    tables: of the model's tokenizer, with V ids.
+    """
+
+    losses: Losses
+    tables: ByteTables
+    method: Method
+    device: torch.device
+    batch_tokens: int
+
+    def nats(self, tokens: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """What each of (n + 1,) tokens but the first costs, (n,)."""
+        return token_nlls(
+            self.losses.of(self.method), tokens, self.method, device=self.device, batch_tokens=self.batch_tokens
+        )
+
+    def alternatives(self, context: NDArray[np.uint16]) -> NDArray[np.float64]:
+        """What each token costs after `context`, (V,): as many rows, each with another last target."""
+        vocab_size = len(self.tables.token_bytes)
+        ids = torch.from_numpy(context.astype(np.int64)).to(self.device)
+        found = []
+        with torch.no_grad():
+            for first in range(0, vocab_size, _ROWS):
+                last = torch.arange(first, first + _ROWS, device=self.device).clamp(max=vocab_size - 1)
+                inputs = ids.expand(_ROWS, -1).contiguous()
+                targets = torch.cat([inputs[:, 1:], last[:, None]], dim=1)
+                if self.method.is_streaming:
+                    nats = self.losses.stream(self.method)(inputs, targets)
+                else:
+                    nats = self.losses.windows(inputs, targets, rope_len=self.method.seq_len, last=None)
+                found.append(nats[:, -1].double().cpu().numpy())
+        return np.concatenate(found)[:vocab_size]
+
+    def score(self, tokens: NDArray[np.uint16], rank: int = 0, world_size: int = 1) -> Score:
+        """The score, or the part of it that one of several processes makes."""
+        return score(
+            self.losses.of(self.method), tokens, self.tables, self.method, device=self.device,
+            batch_tokens=self.batch_tokens, expected_bytes=None, rank=rank, world_size=world_size, progress=False,
+        )  # fmt: skip
+
+    def times(self, tokens: NDArray[np.uint16]) -> NDArray[np.int64]:
+        """How often each of (n + 1,) tokens but the first is scored, (n,)."""
+        times = np.zeros(len(tokens) - 1, np.int64)
+        with torch.no_grad():
+            for part in parts(
+                self.losses.of(self.method), tokens, self.method.plan(len(times)), self.method,
+                batch_tokens=self.batch_tokens, world_size=1, device=self.device,
+            ):  # fmt: skip
+                np.add.at(times, part.counted()[0], 1)
+        return times
+
+
 def probe(
     losses: Losses,
     data: DataFolder,
@@ -40,30 +96,27 @@ def probe(
     split: str = "val",
 ) -> list[Finding]:
     """What each probe finds for one method. dtype: the precision that the model computes in."""
-    device, tokenizer = context.device, data.tokenizer
-    tables, vocab_size = tokenizer.byte_tables(), tokenizer.vocab_size
-    method = _small(method)
+    tokenizer, method = data.tokenizer, _small(method)
+    subject = Subject(
+        losses=losses,
+        tables=tokenizer.byte_tables(),
+        method=method,
+        device=context.device,
+        batch_tokens=batch_tokens,
+    )
     length = method.plan(1 << 30).length  # of a window, or a segment
     tokens = data.stream(split)[: 3 * length + length // 3 + 2]
-    nll = losses.of(method)
-    nats = partial(token_nlls, nll, method=method, device=device, batch_tokens=batch_tokens)
     # A place in the first window, one in the last, and at the seams between.
     places = np.unique(np.linspace(2, len(tokens) - 1, _CHANGED).astype(int)).tolist()
     some = [tokens[: min(count, len(tokens) - 1)] for count in _CONTEXTS]
     return [
-        probes.causality(nats, tokens, places, vocab_size),
-        probes.normalisation(
-            partial(_alternatives, losses, method, device, vocab_size), some, _NORMAL.get(dtype, 1e-3)
-        ),
-        probes.once(
-            partial(_whole, losses, data, method, device, batch_tokens),
-            partial(_times, losses, method, device, batch_tokens),
-            tokens,
-        ),
-        probes.text_bytes(data.stream(split), tables, tokenizer.decode_bytes, tokenizer.bos_id)
+        probes.causality(subject.nats, tokens, places, tokenizer.vocab_size),
+        probes.normalisation(subject.alternatives, some, _NORMAL.get(dtype, 1e-3)),
+        probes.once(subject.score, subject.times, tokens),
+        probes.text_bytes(data.stream(split), subject.tables, tokenizer.decode_bytes, tokenizer.bos_id)
         if data.byte_counts(split) is None
         else Finding("bytes of the text", True, "counted by the file beside the shards, which `data check` verifies"),
-        probes.sameness(_ways(losses, data, method, device, batch_tokens, tokens), _SAME.get(dtype, 5e-4)),
+        probes.sameness(_ways(subject, tokens), _SAME.get(dtype, 5e-4)),
     ]
 
 
@@ -80,78 +133,16 @@ def _small(method: Method) -> Method:
         return method
     overlap = max(method.streaming.overlap, 1)
     segment, chunk = (overlap + 1) * method.seq_len, max(method.seq_len // 2, 1)
-    streaming = StreamingConfig(
-        segment_tokens=segment, overlap=overlap, chunk_tokens=chunk, limits=method.streaming.limits
-    )
-    return Method(name=method.name, seq_len=method.seq_len, stride=1, streaming=streaming)
+    short = replace(method.streaming, segment_tokens=segment, overlap=overlap, chunk_tokens=chunk)
+    return replace(method, streaming=short)
 
 
-def _alternatives(
-    losses: Losses, method: Method, device: torch.device, vocab_size: int, context: NDArray[np.uint16]
-) -> NDArray[np.float64]:
-    """What each token costs after `context`: as many rows, each with another last target."""
-    ids = torch.from_numpy(context.astype(np.int64)).to(device)
-    found = []
-    with torch.no_grad():
-        for first in range(0, vocab_size, _ROWS):
-            last = torch.arange(first, first + _ROWS, device=device).clamp(max=vocab_size - 1)
-            inputs = ids.expand(_ROWS, -1).contiguous()
-            targets = torch.cat([inputs[:, 1:], last[:, None]], dim=1)
-            if method.is_streaming:
-                nats = losses.stream(method)(inputs, targets)
-            else:
-                nats = losses.windows(inputs, targets, rope_len=method.seq_len, last=None)
-            found.append(nats[:, -1].double().cpu().numpy())
-    return np.concatenate(found)[:vocab_size]
-
-
-def _whole(
-    losses: Losses,
-    data: DataFolder,
-    method: Method,
-    device: torch.device,
-    batch_tokens: int,
-    tokens: NDArray[np.uint16],
-    rank: int = 0,
-    world_size: int = 1,
-) -> Score:
-    """The score, or the part of it that one of several processes makes."""
-    return score(
-        losses.of(method), tokens, data.tokenizer.byte_tables(), method, device=device, batch_tokens=batch_tokens,
-        expected_bytes=None, rank=rank, world_size=world_size, progress=False,
-    )  # fmt: skip
-
-
-def _times(
-    losses: Losses, method: Method, device: torch.device, batch_tokens: int, tokens: NDArray[np.uint16]
-) -> NDArray[np.int64]:
-    """How often each target is scored."""
-    times = np.zeros(len(tokens) - 1, np.int64)
-    plan = method.plan(len(tokens) - 1)
-    with torch.no_grad():
-        for part in parts(
-            losses.of(method), tokens, plan, method, batch_tokens=batch_tokens, world_size=1, device=device
-        ):
-            counts = part.scored.cpu().numpy()
-            np.add.at(times, (part.first[:, None] + np.arange(counts.shape[1]))[counts], 1)
-    return times
-
-
-def _ways(
-    losses: Losses,
-    data: DataFolder,
-    method: Method,
-    device: torch.device,
-    batch_tokens: int,
-    tokens: NDArray[np.uint16],
-) -> dict[str, float]:
+def _ways(subject: Subject, tokens: NDArray[np.uint16]) -> dict[str, float]:
     """Bits per byte with several sizes of batches, and as the sum of what several processes find."""
-    found = {}
-    for size in (batch_tokens, method.seq_len, 2 * method.seq_len + 1):
-        found[f"batches of {size}"] = _whole(losses, data, method, device, size, tokens).val_bpb
+    found, seq_len = {}, subject.method.seq_len
+    for size in (subject.batch_tokens, seq_len, 2 * seq_len + 1):
+        found[f"batches of {size}"] = replace(subject, batch_tokens=size).score(tokens).val_bpb
     for processes in (2, 3):
-        shares = [
-            _whole(losses, data, method, device, batch_tokens, tokens, rank, processes) for rank in range(processes)
-        ]
+        shares = [subject.score(tokens, rank, processes) for rank in range(processes)]
         found[f"{processes} processes"] = sum(shares[1:], shares[0]).val_bpb
     return found

@@ -17,7 +17,7 @@ from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
 from epigram.evaluation.probes import Finding
 from epigram.evaluation.scorer import score
-from epigram.evaluation.windows import METHODS, Method, StreamingConfig
+from epigram.evaluation.windows import METHODS, Method, StreamingConfig, stride_of
 from epigram.model.gpt import GPT
 from epigram.run.api import Model
 from epigram.run.probe import check, probe
@@ -104,7 +104,7 @@ def score_model(
         if data.validation is not None and split == "val" and context.is_main:
             print(f"validation: {data.validation.text}", flush=True)
         for name in methods or METHODS:
-            width = {"blocks": seq_len, "streaming": 1}.get(name, stride or max(seq_len // 8, 1))
+            width = stride_of(name, seq_len, stride or max(seq_len // 8, 1))
             method = Method(name=name, seq_len=seq_len, stride=width, streaming=streaming or StreamingConfig())
             if with_probes:
                 dtype = model.gpt.compute_dtype

@@ -82,10 +82,8 @@ def summarize(scores: Sequence[float]) -> Summary:
 
 def compare(ours: Mapping[int, float], theirs: Mapping[int, float], margin: float = 0.0) -> Comparison:
     """Scores by seed, at least one a side. Paired where both sides have the same seeds, else by Welch's test."""
-    gain = statistics.fmean(theirs.values()) - statistics.fmean(ours.values())
-    if min(len(ours), len(theirs)) < 2:
-        return Comparison(gain=gain, margin=margin, test=None, reason="one seed on a side has no spread")
-    if ours.keys() == theirs.keys():
+    if ours.keys() == theirs.keys() and len(ours) > 1:
+        gain = statistics.fmean(theirs.values()) - statistics.fmean(ours.values())
         gains = [theirs[seed] - ours[seed] for seed in sorted(ours)]
         return _test("paired", gain, margin, statistics.stdev(gains) / math.sqrt(len(gains)), len(gains) - 1)
     return welch(list(ours.values()), list(theirs.values()), margin)

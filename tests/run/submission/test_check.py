@@ -10,6 +10,8 @@ import torch
 from record_helpers import CAP
 
 from epigram.errors import UserError
+from epigram.run import probe
+from epigram.run.setup import Losses
 from epigram.run.submission import conditions, rules
 from epigram.run.submission.check import check
 from epigram.run.submission.findings import RULES
@@ -175,10 +177,11 @@ def test_a_script_of_ours_that_cannot_train(record: Path):
 def probe_with(good: Path, monkeypatch, loss) -> set[str]:
     """Findings of the probes with another loss in place of the model's."""
 
-    def windows_loss(model):
-        return lambda tokens, targets, *, rope_len, last: loss(model, tokens, targets, last)
+    def losses(model, *_):
+        windows = lambda tokens, targets, *, rope_len, last: loss(model, tokens, targets, last)  # noqa: E731
+        return Losses(windows=windows, stream=lambda method: model.nll)
 
-    monkeypatch.setattr(conditions, "windows_loss", windows_loss)
+    monkeypatch.setattr(conditions, "scoring_losses", losses)
     return {finding.rule for finding in conditions.probe(good / "model_seed1.epigram")}
 
 
@@ -204,14 +207,14 @@ def test_a_loss_that_is_no_distribution(good: Path, monkeypatch):
 
 
 def test_a_scorer_that_counts_twice(good: Path, monkeypatch):
-    real = conditions.score
+    real = probe.score
 
     def twice(nll, tokens, *rest, **options):
         import numpy as np
 
         return real(nll, np.concatenate([tokens, tokens[-3:]]), *rest, **options)
 
-    monkeypatch.setattr(conditions, "score", twice)
+    monkeypatch.setattr(probe, "score", twice)
     assert {f.rule for f in conditions.probe(good / "model_seed1.epigram")} == {"condition.once"}
 
 

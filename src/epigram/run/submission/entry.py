@@ -17,7 +17,7 @@ import torch.distributed as dist
 from epigram.config import Config, load_recipe, recipe_names, to_tree
 from epigram.errors import UserError
 from epigram.run.job import ARTIFACT, run_job
-from epigram.run.record import LOG, RESULT
+from epigram.run.record import LOG, RESULT, final_line, write_atomic
 from epigram.run.score import score_model
 
 TOLERANCE_BPB = 1e-4
@@ -141,13 +141,13 @@ def _compare(out: Path, result: Mapping[str, Any], scores: Mapping[str, Any]) ->
     wrong = []
     with (out / LOG).open("a", encoding="utf-8") as log:
         for method, row in scores.items():
-            line = f"final_{SEPARATE}_{method}_exact val_loss:{row['val_nats']:.8f} val_bpb:{row['val_bpb']:.8f}"
+            line = final_line(f"{SEPARATE}_{method}", row["val_nats"], row["val_bpb"])
             print(line, flush=True)
             log.write(line + "\n")
             difference = abs(row["val_bpb"] - result["scores"]["quantized"][method]["val_bpb"])
             if difference > TOLERANCE_BPB:
                 wrong.append(f"{method} differs by {difference:.6f} bits per byte")
     path = out / RESULT
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), SEPARATE: scores}, indent=2) + "\n", "utf-8")
+    write_atomic(path, json.dumps({**json.loads(path.read_text("utf-8")), SEPARATE: scores}, indent=2) + "\n")
     if wrong:
         raise UserError(f"the artifact scored by another process is not what the run scored: {'; '.join(wrong)}")

@@ -23,6 +23,7 @@ from typing import Any
 
 from epigram.artifact.size import CapCheck
 from epigram.config import Config, load_recipe, to_tree
+from epigram.data.files import sha256_of
 from epigram.errors import UserError
 from epigram.run import statistics
 from epigram.run.compare import by_seed, read_scored, require_comparable
@@ -169,7 +170,7 @@ def _write_run(source: Source, folder: Path, artifacts: bool) -> LogFacts:
     log = (source.path / LOG).read_text("utf-8")
     path.write_text("\n".join([*lines, "", "recipe as resolved:", recipe, "", "log:", log]), "utf-8")
     artifact = source.path / ARTIFACT
-    if hashlib.sha256(artifact.read_bytes()).hexdigest() != source.result["artifact_sha256"]:
+    if sha256_of(artifact) != source.result["artifact_sha256"]:
         raise UserError(f"{artifact} is not the file that the run scored: train again")
     if artifacts:
         shutil.copyfile(artifact, folder / f"model_seed{source.seed}.epigram")

@@ -1,11 +1,11 @@
 """The rules that need nothing but reading: files, figures against each other, limits, code as text, significance."""
 
 import ast
-import hashlib
 import statistics as plain
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from epigram.data.files import sha256_of
 from epigram.errors import UserError
 from epigram.run import statistics
 from epigram.run.submission.bundle import shipped_sources, stripped, unpacked
@@ -117,7 +117,7 @@ def sizes(record: Record, limits: Limits) -> Iterator[Finding]:
 
 def _artifact(record: Record, log: LogFacts) -> Iterator[Finding]:
     path = record.artifacts.get(log.seed) if log.seed is not None else None
-    if path is not None and log.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != log.sha256:
+    if path is not None and log.sha256 and sha256_of(path) != log.sha256:
         yield Finding(rule="size.artifact", message=f"{path.name} is not the file that {log.name} scored")
 
 
@@ -150,12 +150,11 @@ def code(record: Record) -> Iterator[Finding]:
         files = unpacked(record.script)
         texts = [record.script, *(text for name, text in (files or {}).items() if name.endswith(".py"))]
         modules = {name for text in texts for name in imported(text)}
-        trees = [ast.parse(text) for text in texts]
     except (SyntaxError, ValueError, UserError) as error:
         yield Finding(rule="code.syntax", message=f"train_gpt.py cannot be parsed: {error}")
         return
     if files is None:
-        yield from _dangers(trees)
+        yield from _dangers(ast.parse(record.script))
     else:
         yield from _package(files)
     # What is imported where it may be missing is optional: in functions of ours, behind a choice of the recipe.
@@ -165,15 +164,14 @@ def code(record: Record) -> Iterator[Finding]:
         yield Finding(rule="code.requirements", message=f"train_gpt.py imports {name}, which is not declared")
 
 
-def _dangers(trees: list[ast.Module]) -> Iterator[Finding]:
-    calls = {ast.unparse(node.func) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)}
+def _dangers(tree: ast.Module) -> Iterator[Finding]:
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     names = set()
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module.split(".")[0])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
     for name in sorted(names & _NETWORK):
         yield Finding(rule="code.network", message=f"train_gpt.py imports {name}")
     for call in sorted(calls & {"torch.load", "pickle.load", "pickle.loads"}):
