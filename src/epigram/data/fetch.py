@@ -150,9 +150,8 @@ def _check_listed(files: list[HubFile], wanted: Published, record: Fetched | Non
         met[file.stated_hash] = file
     val = [file for file in files if file.name.startswith("fineweb_val")]
     problem = wanted.problem(sum((file.num_bytes - HEADER_BYTES) // TOKEN_BYTES for file in val))
-    pinned = record.validation if record and record.validation.problem is None else None
-    if problem is None and pinned is not None and all(file.sha256 for file in val):
-        problem = pinned.differs(wanted, tuple(str(file.sha256) for file in val))
+    if problem is None and record is not None and all(file.sha256 for file in val):
+        problem = record.validation.differs(tuple(file.stated_hash for file in val))
     _refuse_validation(problem, wanted, allowed)
 
 
