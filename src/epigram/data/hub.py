@@ -81,16 +81,16 @@ class Hub:
         """Make downloads in other threads end soon; they raise DataError, and keep what they have."""
         self._stopped.set()
 
-    def list_files(self, repo: str, revision: str | None = None, folder: str | None = None) -> list[HubFile]:
-        """All files of a dataset repository, or of a folder in it, at the commit that `revision` is now.
+    def list_files(self, repo: str, revision: str | None = None) -> list[HubFile]:
+        """All files of a dataset repository at the commit that `revision` is now.
 
         Raises UserError where there is no such repository or revision, or it may not be read; DataError when the hub
         cannot be reached.
         """
         commit = self._patiently(lambda: self._api.dataset_info(repo, revision=revision).sha, repo)
         entries = self._patiently(
-            lambda: list(self._api.list_repo_tree(repo, folder, recursive=True, revision=commit, repo_type="dataset")),
-            f"{repo}/{folder}" if folder else repo,
+            lambda: list(self._api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")),
+            repo,
         )
         files = []
         for entry in entries:
