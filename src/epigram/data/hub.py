@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from epigram.data.files import full_disk_explained, sha256_of, sync_folder
 from epigram.errors import DataError, UserError
 
-ATTEMPTS = 8  # without a byte of progress, each after a longer wait: four minutes together
+ATTEMPTS = 8  # without a byte of progress, each after a longer wait: three minutes together at most
 _LONGEST_WAIT_S = 60.0
 _TOLD_S = 2.0  # a wait that is worth a line
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may pass
