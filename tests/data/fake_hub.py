@@ -23,6 +23,7 @@ STORE_FAULTS = (
     "slow", "expired", "endless",
 )  # fmt: skip
 ALTERING = {"short", "long", "flipped byte", "other range", "page", "endless"}  # bytes come that are not the file's
+WRONG_LENGTH = {"short", "long", "endless"}  # those that a client mends by itself
 
 
 class FakeHub:

@@ -89,9 +89,8 @@ def build(
     hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
     gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint))
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
-    spool_folder = out.with_name(f".{out.name}.spool")
     _check_spool(out, gathered)
-    with Spool(hub, gathered.files, spool_folder) as spool:
+    with Spool(hub, gathered.files, out.with_name(f".{out.name}.spool")) as spool:
         by_hash = any(file.split == BY_HASH for file in gathered.files)
         fraction = val_fraction if by_hash else 0.0
         training = tokenizer is None
@@ -121,7 +120,6 @@ def build(
             _check_disk(folder, found, trial)
             manifest = _write(folder, plan, found, _workers(workers, found), spool)
             check_unknown(max(split.unknown_bytes / split.normalized_bytes for split in manifest.splits.values()))
-    shutil.rmtree(spool_folder, ignore_errors=True)
     notes = (*gathered.notes, *_notes(manifest, vocab_size if training else None))
     return Built(path=out, manifest=manifest, notes=notes)
 

@@ -143,16 +143,15 @@ def _choose(files: list[HubFile], wanted: Published, shards: int | None) -> tupl
 
 def _check_listed(files: list[HubFile], wanted: Published, record: Fetched | None, allowed: bool) -> None:
     """DataError for what the hub's own listing shows to be wrong, before anything is downloaded or replaced."""
-    met: dict[str | None, HubFile] = {}
+    met: dict[str, HubFile] = {}
     for file in files:
-        if twin := met.get(file.sha256 or file.blob_id):
+        if twin := met.get(file.stated_hash):
             raise DataError(f"{twin.path} and {file.name} of {file.repo} have the same contents: tell its owner")
-        met[file.sha256 or file.blob_id] = file
+        met[file.stated_hash] = file
     val = [file for file in files if file.name.startswith("fineweb_val")]
     problem = wanted.problem(sum((file.num_bytes - HEADER_BYTES) // TOKEN_BYTES for file in val))
-    pinned = record.validation if record and record.validation.problem is None else None
-    if problem is None and pinned is not None and all(file.sha256 for file in val):
-        problem = pinned.differs(wanted, tuple(str(file.sha256) for file in val))
+    if problem is None and record is not None and all(file.sha256 for file in val):
+        problem = record.validation.differs(tuple(file.stated_hash for file in val))
     _refuse_validation(problem, wanted, allowed)
 
 

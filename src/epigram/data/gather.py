@@ -171,7 +171,7 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
 
 def _spool_name(file: HubFile) -> Path:
     """A name on this disk: another one for each file and each of its versions, ending like the file's own."""
-    facts = f"{file.repo} {file.path} {file.sha256 or file.blob_id}"
+    facts = f"{file.repo} {file.path} {file.stated_hash}"
     return Path(f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}-{file.name[-_SPOOL_CHARS:]}")
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from epigram.data.files import full_disk_explained, sha256_of, sync_folder
 from epigram.errors import DataError, UserError
 
-ATTEMPTS = 8  # without a byte of progress, each after a longer wait: four minutes together
+ATTEMPTS = 8  # without a byte of progress, each after a longer wait: three minutes together at most
 _LONGEST_WAIT_S = 60.0
 _TOLD_S = 2.0  # a wait that is worth a line
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may pass
@@ -53,6 +53,13 @@ class HubFile:
         """File name without folders."""
         return self.path.rpartition("/")[2]
 
+    @property
+    def stated_hash(self) -> str:
+        """The hash that is known, whichever it is."""
+        found = self.sha256 or self.blob_id
+        assert found is not None, f"the hub states no hash of {self.path}"
+        return found
+
 
 class Hub:
     """A connection to the hub, by the library's own settings (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...).
@@ -74,16 +81,16 @@ class Hub:
         """Make downloads in other threads end soon; they raise DataError, and keep what they have."""
         self._stopped.set()
 
-    def list_files(self, repo: str, revision: str | None = None, folder: str | None = None) -> list[HubFile]:
-        """All files of a dataset repository, or of a folder in it, at the commit that `revision` is now.
+    def list_files(self, repo: str, revision: str | None = None) -> list[HubFile]:
+        """All files of a dataset repository at the commit that `revision` is now.
 
         Raises UserError where there is no such repository or revision, or it may not be read; DataError when the hub
         cannot be reached.
         """
         commit = self._patiently(lambda: self._api.dataset_info(repo, revision=revision).sha, repo)
         entries = self._patiently(
-            lambda: list(self._api.list_repo_tree(repo, folder, recursive=True, revision=commit, repo_type="dataset")),
-            f"{repo}/{folder}" if folder else repo,
+            lambda: list(self._api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")),
+            repo,
         )
         files = []
         for entry in entries:
@@ -197,7 +204,7 @@ class Hub:
 
 def partial_path(to: Path, file: HubFile) -> Path:
     """Where the part of `file` that has arrived lies until it is whole and verified."""
-    return to.with_name(f".{to.name}.{(file.sha256 or file.blob_id or '')[:16]}.partial")
+    return to.with_name(f".{to.name}.{file.stated_hash[:16]}.partial")
 
 
 class _Watched:
@@ -235,12 +242,8 @@ def mismatch(path: Path, file: HubFile) -> str | None:
     num_bytes = path.stat().st_size
     if num_bytes != file.num_bytes:
         return f"{num_bytes:,} bytes instead of {file.num_bytes:,}"
-    if file.sha256 is not None:
-        found, wanted = sha256_of(path), file.sha256
-    else:
-        assert file.blob_id is not None, f"the hub states no hash of {file.path}"
-        found, wanted = git_blob_id(path.read_bytes()), file.blob_id
-    return None if found == wanted else f"hash {found[:16]}... instead of {wanted[:16]}..."
+    found = git_blob_id(path.read_bytes()) if file.sha256 is None else sha256_of(path)
+    return None if found == file.stated_hash else f"hash {found[:16]}... instead of {file.stated_hash[:16]}..."
 
 
 def git_blob_id(contents: bytes) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from epigram.data.files import remove_half_written, written_beside
+from epigram.data.files import written_beside
 
 _NAME = "build.json"
 EVERY_S = 30.0
@@ -76,6 +76,5 @@ def journal_age_s(folder: Path) -> float | None:
 
 
 def remove_journal(folder: Path) -> None:
-    """The build is complete; what processes that were killed left half written goes too."""
+    """The build is complete."""
     (folder / _NAME).unlink(missing_ok=True)
-    remove_half_written(folder)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from epigram.data.files import sync_folder
+from epigram.data.files import remove_half_written, sync_folder
 from epigram.data.gather import is_data_folder
 from epigram.data.journal import has_journal, journal_age_s, journal_fingerprint, remove_journal
 from epigram.errors import UserError
@@ -40,6 +40,7 @@ def built_beside(out: Path, fingerprint: str = "") -> Iterator[Path]:
             folder.mkdir()
         yield folder
         remove_journal(folder)
+        remove_half_written(folder)  # by processes that were killed, whose work this one went on with
         sync_folder(folder)
         _move(folder, out)
     except BaseException as error:

@@ -6,6 +6,7 @@ before a document is read.
 
 import concurrent.futures
 import contextlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ FILES_AT_A_TIME = 2 + _AHEAD  # on the disk: one may be done and not removed yet
 
 
 class Spool:
-    """Gives remote files a place under `folder` while they are read. A context manager: the end removes nothing that a
-    resumed build could use. UserError on entering while another build uses the folder.
+    """Gives remote files a place under `folder` while they are read. A context manager: a good end removes the folder,
+    an error nothing that a resumed build could use. UserError on entering while another build uses the folder.
     """
 
     def __init__(self, hub: Hub | None, files: Sequence[SourceFile], folder: Path) -> None:
@@ -38,10 +39,12 @@ class Spool:
             self._remove_stale()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._hub is not None:
             self._hub.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # while it is held: after that another build may fill it
         self._held.close()
 
     def _remove_stale(self) -> None:

@@ -13,7 +13,6 @@ from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
 from epigram.data.files import sha256_of
 from epigram.data.gather import gather
 from epigram.data.manifest import MANIFEST, VERSION
-from epigram.data.shards import SHARD_TOKENS
 from epigram.data.sources import text
 
 
@@ -25,10 +24,6 @@ def build_cached(
     vocab_size: int = VOCAB_SIZE,
     normalization: str = "identity",
     val_fraction: float = VAL_FRACTION,
-    shard_tokens: int = SHARD_TOKENS,
-    workers: int | None = None,
-    field: str = "text",
-    seed: int = 0,
     transform: str = "",
 ) -> tuple[Path, tuple[str, ...]]:
     """The data folder of this text, and sentences for the user when it was built just now.
@@ -42,16 +37,13 @@ def build_cached(
         "vocab_size": vocab_size,
         "normalization": normalization,
         "val_fraction": val_fraction,
-        "shard_tokens": shard_tokens,
-        "field": field,
-        "seed": seed,
         "transform": transform,
     }
     folder = cache_dir / _name(path, settings)
     with _one_at_a_time(folder):
         if (folder / MANIFEST).exists():
             return folder, ()
-        built = build([path], folder, workers=workers, **settings)
+        built = build([path], folder, **settings)
     return folder, built.notes
 
 

@@ -42,11 +42,11 @@ class Validation:
             return f"published {self.name} ({facts})"
         return f"NOT the published one, allowed by choice: {self.problem} ({facts})"
 
-    def differs(self, variant: Published, sha256: tuple[str, ...]) -> str | None:
-        """Why a split of shards with these hashes is not this one; None when it is."""
-        if sha256 == self.sha256:
+    def differs(self, sha256: tuple[str, ...]) -> str | None:
+        """Why a split of shards with these hashes is not this one; None when it is, or this one was a choice."""
+        if self.problem is not None or sha256 == self.sha256:
             return None
-        return f"the validation split of {variant.name} had other contents when it was fetched"
+        return f"the validation split of {self.name} had other contents when it was fetched"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,8 @@ def look_at(variant: Published, shards: Sequence[Shard], pinned: Validation | No
     tokens = sum(shard.num_tokens for shard in shards)
     sha256 = tuple(sha256_of(shard.path) for shard in shards)
     problem = variant.problem(tokens) or variant.other_contents([shard.path for shard in shards])
-    if problem is None and pinned is not None and pinned.problem is None:
-        problem = pinned.differs(variant, sha256)
+    if problem is None and pinned is not None:
+        problem = pinned.differs(sha256)
     return Validation(name=variant.name, tokens=tokens, sha256=sha256, problem=problem)
 
 
