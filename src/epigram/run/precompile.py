@@ -31,6 +31,7 @@ from epigram.dist.context import Context
 from epigram.kernels.products.base import PACKAGE as PRODUCTS
 from epigram.model.config import ModelConfig
 from epigram.progress import Progress
+from epigram.user_cache import user_cache
 
 _PRODUCTS, _BACKEND = "quack", "flash4"  # those that compile for seconds and keep what they compiled
 _LIBRARIES = ("torch", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl")
@@ -53,7 +54,7 @@ def precompile(model: ModelConfig, products: str | None, context: Context, folde
     took: float | None = None
     with collectives.together(context):
         if context.local_rank == 0:
-            took = _once(model, context.device, folder or _folder())
+            took = _once(model, context.device, folder or user_cache() / "compiled")
     return took
 
 
@@ -115,11 +116,6 @@ def _last_words(worker: "subprocess.Popen[str]") -> str:
 def _alone(environment: Any) -> dict[str, str]:
     """For a process that belongs to no group."""
     return {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-
-
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "epigram" / "compiled"
 
 
 def _key(model: ModelConfig, gpu: str) -> str:
