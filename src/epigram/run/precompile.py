@@ -76,7 +76,7 @@ def _once(model: ModelConfig, device: torch.device, folder: Path) -> float | Non
 
 
 def run_workers(shares: list[list[str]], model: ModelConfig, device: str) -> list[str]:
-    """Let a process work on each share; returns the last words of those that failed."""
+    """Let a process work on each share; returns the last words of those that failed. They open no process group."""
     workers = []
     for share in shares:
         order = json.dumps({"model": asdict(model), "tasks": share, "device": device})
@@ -86,7 +86,6 @@ def run_workers(shares: list[list[str]], model: ModelConfig, device: str) -> lis
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=_alone(os.environ),
         )
         assert worker.stdin is not None
         with suppress(BrokenPipeError):  # it died at once; its last words come below
@@ -111,11 +110,6 @@ def _last_words(worker: "subprocess.Popen[str]") -> str:
         return f"it took over {_LIMIT_S:.0f} s"
     lines = errors.strip().splitlines()
     return (lines[-1] if lines else f"exit code {worker.returncode}") if worker.returncode else ""
-
-
-def _alone(environment: Any) -> dict[str, str]:
-    """For a process that belongs to no group."""
-    return {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
 
 
 def _key(model: ModelConfig, gpu: str) -> str:
