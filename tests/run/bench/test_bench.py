@@ -30,7 +30,7 @@ CEILINGS = Ceilings(copy_bytes_per_s=1e9, product_flops_per_s=1e12, dtype="float
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    return Bench(engine=build_engine(short(), Context()), compiled=False, repeats=1)
+    return Bench(engine=build_engine(short(), Context()), repeats=1)
 
 
 # -- floors and rows --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_clipping_handles_every_lane(bench: Bench):
 
 
 def test_without_averaging_there_is_nothing_to_time():
-    bench = Bench(engine=build_engine(short("average.mode=none"), Context()), compiled=False, repeats=1)
+    bench = Bench(engine=build_engine(short("average.mode=none"), Context()), repeats=1)
     _updates.Updates(bench).time_average()
     assert (bench.rows, bench.left_out) == ([], {"EMA": 'average.mode is "none"'})
     assert _updates.average_work(bench.engine) == ()

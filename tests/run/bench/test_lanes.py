@@ -67,7 +67,7 @@ def test_what_is_printed_for_the_recipe():
 
 def test_a_shape_that_needs_too_much_memory_is_left_out(monkeypatch):
     """The others still give a line; where none of a length is left, nothing is proposed."""
-    bench = Bench(engine=build_engine(short(), Context()), compiled=False, repeats=1)
+    bench = Bench(engine=build_engine(short(), Context()), repeats=1)
     real = lanes.lane_step
 
     def limited(engine, batch, *rest):
