@@ -20,10 +20,11 @@ from epigram.run.bench._kernels import break_down
 from epigram.run.bench._profile import prepare_folder
 from epigram.run.bench._tables import print_breakdown, print_result
 from epigram.run.bench._timing import Timing
-from epigram.run.bench.base import PACKAGE, Bench, Options, Row, fill_zeros, random_tokens
+from epigram.run.bench.base import PACKAGE, Bench, Options, Row, fill_zeros
 from epigram.run.bench.pack import raw_bytes
 from epigram.run.benchmark import benchmark
 from epigram.run.setup import build_engine
+from epigram.run.warmup import random_tokens
 
 CEILINGS = Ceilings(copy_bytes_per_s=1e9, product_flops_per_s=1e12, dtype="float32")
 

@@ -135,13 +135,6 @@ def lane_name(lane: Lane) -> str:
     return f"{lane.num_seqs} x {lane.seq_len}"
 
 
-def random_tokens(engine: Engine, rows: int, cols: int) -> Tensor:
-    """Made-up tokens (rows, cols) as the loader would hand them out: int64 on the host, page-locked for CUDA."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(engine.config.model.vocab_size, (rows, cols), generator=generator)
-    return tokens.pin_memory() if engine.context.device.type == "cuda" else tokens
-
-
 @torch.no_grad()
 def fill_zeros(engine: Engine) -> None:
     """Give matrices and tables that begin as zeros the spread of trained ones.

@@ -13,8 +13,9 @@ from epigram.artifact.tensors import Contents, load, save
 from epigram.config import to_tree
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quantized import QuantizedTensor
-from epigram.run.bench.base import Bench, random_tokens
+from epigram.run.bench.base import Bench
 from epigram.run.export import BATCH_TOKENS, calibrate
+from epigram.run.warmup import random_tokens
 
 REPEATS = 1  # a codec may take a minute
 OPTIONS: frozenset[str] = frozenset()
