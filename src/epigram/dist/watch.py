@@ -20,6 +20,8 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+from epigram.errors import LostPeerError
+
 GRACE_S = 10.0
 """From the news of a failure to the end of a process that does not end by itself."""
 
@@ -87,6 +89,11 @@ class Watch:
         """The failure behind a broken connection, if there is one to be learned of."""
         self._known.wait(_NEWS_S)
         return self.failure
+
+    def lost(self) -> LostPeerError:
+        """The failure, which is known, as what a process raises that did not cause it."""
+        assert self.failure is not None
+        return LostPeerError(str(self.failure), told=self.failure.reporter != self.rank)
 
     def leave(self) -> None:
         """This process ends in good order: that it is gone is no failure."""
