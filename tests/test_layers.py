@@ -116,6 +116,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert run_python(code).strip() == "[]"
 
 
+def test_a_report_imports_no_torch() -> None:
+    """It only reads what runs have left."""
+    assert run_python("import sys, epigram.run.report.build\nprint('torch' in sys.modules)").strip() == "False"
+
+
 def test_importing_the_package_needs_no_gpu_library() -> None:
     """Every module imports with the GPU-only libraries made impossible to import."""
     code = (

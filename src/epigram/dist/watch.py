@@ -17,9 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
-import torch.distributed as dist
-
 from epigram.errors import LostPeerError
 
 GRACE_S = 10.0
@@ -183,6 +180,9 @@ class Watch:
 
 def _announced(server: socket.socket | None) -> tuple[int, str]:
     """Rank 0's port, and a key by which it knows its own, sent to all; server: rank 0's, None in the others."""
+    import torch  # here, since commands that only read run folders do without it
+    import torch.distributed as dist
+
     words = torch.zeros(1 + _KEY_BYTES, dtype=torch.int64)
     if server is not None:
         words[0] = server.getsockname()[1]
