@@ -23,6 +23,7 @@ LAYERS = (
         "byte_tables",
         "quantized",
         "roles",
+        "user_cache",
     ),
     ("model", "optim", "data", "quant", "artifact", "evaluation"),
     ("config", "recipes"),
@@ -113,6 +114,11 @@ def test_help_imports_nothing_heavy() -> None:
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     assert run_python(code).strip() == "[]"
+
+
+def test_a_report_imports_no_torch() -> None:
+    """It only reads what runs have left."""
+    assert run_python("import sys, epigram.run.report.build\nprint('torch' in sys.modules)").strip() == "False"
 
 
 def test_importing_the_package_needs_no_gpu_library() -> None:

@@ -13,6 +13,7 @@ from epigram import plugin
 from epigram.attention import _flash4_cache, reference
 from epigram.attention.base import PACKAGE, Request
 from epigram.errors import UserError
+from epigram.user_cache import user_cache
 
 LIBRARIES = {
     "flash4": ("flash4", flash_attn_4),
@@ -193,8 +194,8 @@ def test_kernels_are_kept_in_a_private_folder(hopper, tmp_path):
     folder = tmp_path / "epigram" / "flash4" / "sm90"
     assert environment == {"XDG_CACHE_HOME": str(tmp_path), ENABLED: "1", FOLDER: str(folder)}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert _flash4_cache.cache_folder({"XDG_CACHE_HOME": "relative"}) == _flash4_cache.cache_folder({})
-    assert str(_flash4_cache.cache_folder({})).startswith(os.path.expanduser("~"))
+    assert user_cache({"XDG_CACHE_HOME": "relative"}) == user_cache({})
+    assert str(user_cache({})).startswith(os.path.expanduser("~"))
 
 
 @pytest.mark.parametrize("own", [{ENABLED: "0"}, {FOLDER: "/somewhere"}])

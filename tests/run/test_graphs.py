@@ -129,7 +129,7 @@ def test_other_shapes_are_launched(data: DataFolder):
 def test_the_benchmark_of_a_step_replays():
     engine = build_engine(short(), Context())
     engine.capture = StandIn()
-    bench_step.run(Bench(engine=engine, compiled=False, repeats=1))
+    bench_step.run(Bench(engine=engine, repeats=1))
     assert {key.quantized for key in engine.graphs} == {False}
     assert engine.capture.replays > 0
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from epigram.dist import watch
 from epigram.errors import UserError
 from epigram.run import machine, record
 from epigram.run.record import RunRecord, final_line, num_steps, step_line, validation_line, write_atomic
@@ -159,6 +161,16 @@ def test_a_resumed_run_forgets_why_it_failed(tmp_path):
     with RunRecord(tmp_path / "run", CONFIG, resume=True):
         pass
     assert "reason" not in result_of(tmp_path / "run")
+
+
+def test_a_run_whose_process_is_ended_from_outside_says_why(tmp_path, monkeypatch):
+    """By the thread that watches over the processes, while the main one waits for a lost one."""
+    watching = SimpleNamespace(last_words=None, failure=None)
+    monkeypatch.setattr(watch, "current", watching)
+    with RunRecord(tmp_path / "run", CONFIG):
+        watching.last_words("rank 1: torn cable")
+        found = result_of(tmp_path / "run")
+    assert (found["status"], found["reason"]) == ("failed", "rank 1: torn cable")
 
 
 def fill_the_disk(folder):

@@ -11,10 +11,12 @@ folder). And a file system without locks would fail each kernel after fifteen se
 """
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import torch
+
+from epigram.user_cache import user_cache
 
 _ENABLED = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 _FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
@@ -26,15 +28,9 @@ def enable(environment: MutableMapping[str, str] = os.environ) -> None:
     if chosen or os.name != "posix" or not torch.cuda.is_available():
         return
     major, minor = torch.cuda.get_device_capability()
-    folder = cache_folder(environment) / f"sm{major}{minor}"
+    folder = user_cache(environment) / "flash4" / f"sm{major}{minor}"
     if why_not_safe(folder) is None:
         environment.update({_ENABLED: "1", _FOLDER: str(folder)})
-
-
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """epigram/flash4 in the user's cache folder (XDG base directories)."""
-    base = environment.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "epigram" / "flash4"
 
 
 def why_not_safe(folder: Path) -> str | None:

@@ -58,8 +58,9 @@ def main() -> None:
 
 def _exit(code: int) -> NoReturn:
     """As sys.exit; but one of several processes, after a failure, does not wait for what belongs to the lost ones."""
-    watch = sys.modules.get("epigram.dist.watch")
-    if watch is not None and watch.current is not None:
+    from epigram.dist import watch
+
+    if watch.current is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

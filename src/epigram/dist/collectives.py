@@ -96,8 +96,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise when a process is gone
-        if watch.current is not None and (failure := watch.current.explain()) is not None:
-            raise LostPeerError(str(failure), told=failure.reporter != watch.current.rank) from error
+        if watch.current is not None and watch.current.explain() is not None:
+            raise watch.current.lost() from error
         raise LostPeerError(
             f"this process lost the others ({error}): the one that ended first says why, in its own message"
         ) from error

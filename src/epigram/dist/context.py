@@ -92,9 +92,11 @@ def _told(watching: watch.Watch | None) -> Iterator[None]:
     except (KeyboardInterrupt, UserError, OSError) as error:
         if watching is None:
             raise
-        cause = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
-        told = _of_rank(watching, cause, error)
-        raise (error if isinstance(error, KeyboardInterrupt) else told) from error
+        stopped = isinstance(error, KeyboardInterrupt)
+        told = _of_rank(watching, "stopped by Ctrl-C" if stopped else str(error), error)
+        if stopped:
+            raise
+        raise told from error
     except StoppedError:
         if watching is not None:
             watching.leave()
@@ -119,13 +121,10 @@ def _of_rank(watching: watch.Watch | None, cause: str, error: BaseException) -> 
     """The error that this process raises for `error`."""
     if watching is None:
         return UserError(cause)
-    known = watching.failure
-    if isinstance(error, LostPeerError) and known is not None:
-        return LostPeerError(str(known), told=known.reporter != watching.rank)
+    if isinstance(error, LostPeerError) and watching.failure is not None:
+        return watching.lost()
     first = watching.report(cause)
-    if first.rank == watching.rank:
-        return UserError(str(first))
-    return LostPeerError(str(first), told=first.reporter != watching.rank)
+    return UserError(str(first)) if first.rank == watching.rank else watching.lost()
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
-import torch.distributed as dist
+from epigram.errors import LostPeerError
 
 GRACE_S = 10.0
 """From the news of a failure to the end of a process that does not end by itself."""
@@ -87,6 +86,11 @@ class Watch:
         """The failure behind a broken connection, if there is one to be learned of."""
         self._known.wait(_NEWS_S)
         return self.failure
+
+    def lost(self) -> LostPeerError:
+        """The failure, which is known, as what a process raises that did not cause it."""
+        assert self.failure is not None
+        return LostPeerError(str(self.failure), told=self.failure.reporter != self.rank)
 
     def leave(self) -> None:
         """This process ends in good order: that it is gone is no failure."""
@@ -176,6 +180,9 @@ class Watch:
 
 def _announced(server: socket.socket | None) -> tuple[int, str]:
     """Rank 0's port, and a key by which it knows its own, sent to all; server: rank 0's, None in the others."""
+    import torch  # here, since commands that only read run folders do without it
+    import torch.distributed as dist
+
     words = torch.zeros(1 + _KEY_BYTES, dtype=torch.int64)
     if server is not None:
         words[0] = server.getsockname()[1]

@@ -50,13 +50,7 @@ def benchmark(
         fill_zeros(engine)
         ceilings = measure_ceilings(context, engine.model.compute_dtype)
         with Progress(f"bench {name}", unit="timings") as bar:
-            bench = Bench(
-                engine=engine,
-                compiled=engine.compiled,
-                repeats=repeats or module.REPEATS,
-                options=options,
-                advance=bar.advance,
-            )
+            bench = Bench(engine=engine, repeats=repeats or module.REPEATS, options=options, advance=bar.advance)
             module.run(bench)
         result = {
             "benchmark": name,

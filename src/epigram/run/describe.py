@@ -29,7 +29,8 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
     parts = {name: p.numel() for name, p in model.named_parameters()}
     ratio = past_ratio(past) if past else None
     forecast = round(forecast_bytes(config, model) * (ratio.mean if ratio else 1))
-    plan = lane_plan(config, world_size)
+    plan, measured = lane_plan(config, world_size), times_are_measured(config)
+    sent = messages(sum(parts.values()), len(plan.times), world_size)
     return {
         "recipe": config.recipe,
         "summary": config.summary,
@@ -39,11 +40,11 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
         **({"past": asdict(ratio)} if ratio else {}),
         "cap_bytes": config.artifact.cap_bytes,
         "lanes": _lanes(config, plan),
-        "lane_times": "measured, ms" if times_are_measured(config) else "modelled, operations",
+        "lane_times": "measured, ms" if measured else "modelled, operations",
         "balance": plan.balance,
         "world_sizes": _world_sizes(config),
-        "wire": [asdict(m) for m in messages(sum(parts.values()), len(plan.times), world_size)],
-        "step_ms": step_ms(config, sum(parts.values()), world_size),
+        "wire": [asdict(message) for message in sent],
+        "step_ms": step_ms(plan, sent) if measured else None,
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": _flops(config),
         "schedule": _curve(config),

@@ -11,7 +11,7 @@ from epigram.config import Config, load_recipe, to_tree
 from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder
 from epigram.data.files import sha256_of
-from epigram.dist import collectives, watch
+from epigram.dist import collectives
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
 from epigram.model.gpt import GPT
@@ -72,8 +72,6 @@ def run_job(
         if saved is not None:  # before the folder is touched: what does not fit must not change it
             resume_session(session, saved)
         with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
-            if watch.current is not None:
-                watch.current.last_words = record.fail
             try:
                 _begin(session, record)
                 _train(session, record)

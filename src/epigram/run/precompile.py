@@ -31,6 +31,7 @@ from epigram.dist.context import Context
 from epigram.kernels.products.base import PACKAGE as PRODUCTS
 from epigram.model.config import ModelConfig
 from epigram.progress import Progress
+from epigram.user_cache import user_cache
 
 _PRODUCTS, _BACKEND = "quack", "flash4"  # those that compile for seconds and keep what they compiled
 _LIBRARIES = ("torch", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl")
@@ -53,7 +54,7 @@ def precompile(model: ModelConfig, products: str | None, context: Context, folde
     took: float | None = None
     with collectives.together(context):
         if context.local_rank == 0:
-            took = _once(model, context.device, folder or _folder())
+            took = _once(model, context.device, folder or user_cache() / "compiled")
     return took
 
 
@@ -75,7 +76,7 @@ def _once(model: ModelConfig, device: torch.device, folder: Path) -> float | Non
 
 
 def run_workers(shares: list[list[str]], model: ModelConfig, device: str) -> list[str]:
-    """Let a process work on each share; returns the last words of those that failed."""
+    """Let a process work on each share; returns the last words of those that failed. They open no process group."""
     workers = []
     for share in shares:
         order = json.dumps({"model": asdict(model), "tasks": share, "device": device})
@@ -85,7 +86,6 @@ def run_workers(shares: list[list[str]], model: ModelConfig, device: str) -> lis
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=_alone(os.environ),
         )
         assert worker.stdin is not None
         with suppress(BrokenPipeError):  # it died at once; its last words come below
@@ -110,16 +110,6 @@ def _last_words(worker: "subprocess.Popen[str]") -> str:
         return f"it took over {_LIMIT_S:.0f} s"
     lines = errors.strip().splitlines()
     return (lines[-1] if lines else f"exit code {worker.returncode}") if worker.returncode else ""
-
-
-def _alone(environment: Any) -> dict[str, str]:
-    """For a process that belongs to no group."""
-    return {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-
-
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "epigram" / "compiled"
 
 
 def _key(model: ModelConfig, gpu: str) -> str:

@@ -95,6 +95,8 @@ class RunRecord:
             raise
 
     def __enter__(self) -> Self:
+        if watch.current is not None:  # it may end the process from outside of the main thread
+            watch.current.last_words = partial(self._end, "failed")
         return self
 
     def __exit__(
@@ -113,10 +115,6 @@ class RunRecord:
         else:
             name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self._end("failed", f"{name}{error}")
-
-    def fail(self, reason: str) -> None:
-        """The process is about to be ended from outside of its main thread."""
-        self._end("failed", reason)
 
     def environment(self, facts: Mapping[str, Any]) -> None:
         """Write environment.json; see `epigram.run.machine.environment`."""

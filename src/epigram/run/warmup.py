@@ -85,10 +85,14 @@ def _forward_backward(engine: Engine, transform: BankTransform | None, tokens: T
 
 
 def made_up_tokens(engine: Engine, lane: Lane) -> Tensor:
-    """Tokens for a lane as the loader hands them out: (num_seqs, seq_len + 1) int64 on the host."""
+    """Tokens for a lane: (num_seqs, seq_len + 1), see `random_tokens`."""
+    return random_tokens(engine, lane.num_seqs, lane.seq_len + 1)
+
+
+def random_tokens(engine: Engine, rows: int, cols: int) -> Tensor:
+    """Made-up tokens (rows, cols) as the loader would hand them out: int64 on the host, page-locked for CUDA."""
     generator = torch.Generator().manual_seed(0)
-    shape = (lane.num_seqs, lane.seq_len + 1)
-    tokens = torch.randint(engine.config.model.vocab_size, shape, generator=generator)
+    tokens = torch.randint(engine.config.model.vocab_size, (rows, cols), generator=generator)
     return tokens.pin_memory() if engine.context.device.type == "cuda" else tokens
 
 

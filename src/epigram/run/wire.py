@@ -3,11 +3,11 @@
 Today a step sums its gradients over the processes in one message after the last lane, so nothing of it is hidden.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from epigram.config import Config
+from epigram.data.plan import LanePlan
 from epigram.dist.cost import NVLINK_BYTES_PER_S, all_reduce_bytes
-from epigram.run.lanes import lane_plan, times_are_measured
 
 _FLOAT32 = 4
 
@@ -31,9 +31,6 @@ def messages(num_parameters: int, num_lanes: int, world_size: int) -> list[Messa
     return [Message(what=w, sent_bytes=round(b), ms=1000 * b / NVLINK_BYTES_PER_S) for w, b in sent.items()]
 
 
-def step_ms(config: Config, num_parameters: int, world_size: int) -> float | None:
-    """The slowest process's lanes and then all messages, in ms, without the update; None without measured lanes."""
-    if not times_are_measured(config):
-        return None
-    sent = messages(num_parameters, len(config.flat_lanes), world_size)
-    return max(lane_plan(config, world_size).loads) + sum(message.ms for message in sent)
+def step_ms(plan: LanePlan, sent: Iterable[Message]) -> float:
+    """The slowest process's lanes, whose times must be ms, and then all messages, without the update."""
+    return max(plan.loads) + sum(message.ms for message in sent)

@@ -20,17 +20,18 @@ from epigram.run.bench._kernels import break_down
 from epigram.run.bench._profile import prepare_folder
 from epigram.run.bench._tables import print_breakdown, print_result
 from epigram.run.bench._timing import Timing
-from epigram.run.bench.base import PACKAGE, Bench, Options, Row, fill_zeros, random_tokens
+from epigram.run.bench.base import PACKAGE, Bench, Options, Row, fill_zeros
 from epigram.run.bench.pack import raw_bytes
 from epigram.run.benchmark import benchmark
 from epigram.run.setup import build_engine
+from epigram.run.warmup import random_tokens
 
 CEILINGS = Ceilings(copy_bytes_per_s=1e9, product_flops_per_s=1e12, dtype="float32")
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    return Bench(engine=build_engine(short(), Context()), compiled=False, repeats=1)
+    return Bench(engine=build_engine(short(), Context()), repeats=1)
 
 
 # -- floors and rows --------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_clipping_handles_every_lane(bench: Bench):
 
 
 def test_without_averaging_there_is_nothing_to_time():
-    bench = Bench(engine=build_engine(short("average.mode=none"), Context()), compiled=False, repeats=1)
+    bench = Bench(engine=build_engine(short("average.mode=none"), Context()), repeats=1)
     _updates.Updates(bench).time_average()
     assert (bench.rows, bench.left_out) == ([], {"EMA": 'average.mode is "none"'})
     assert _updates.average_work(bench.engine) == ()

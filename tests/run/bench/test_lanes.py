@@ -10,7 +10,7 @@ from run_helpers import short
 
 from epigram.config import LaneGroup
 from epigram.dist.context import Context
-from epigram.run.bench import lanes
+from epigram.run.bench import _lane, lanes
 from epigram.run.bench.base import Bench
 from epigram.run.bench.lanes import Line, fit, propose, toml
 from epigram.run.setup import build_engine
@@ -67,15 +67,15 @@ def test_what_is_printed_for_the_recipe():
 
 def test_a_shape_that_needs_too_much_memory_is_left_out(monkeypatch):
     """The others still give a line; where none of a length is left, nothing is proposed."""
-    bench = Bench(engine=build_engine(short(), Context()), compiled=False, repeats=1)
-    real = lanes.lane_step
+    bench = Bench(engine=build_engine(short(), Context()), repeats=1)
+    real = _lane.lane_step
 
     def limited(engine, batch, *rest):
         if batch.shape[1] - 1 == 128 and batch.shape[0] > limit:
             raise torch.OutOfMemoryError("too much")
         return real(engine, batch, *rest)
 
-    monkeypatch.setattr(lanes, "lane_step", limited)
+    monkeypatch.setattr(_lane, "lane_step", limited)
     limit = 1
     lanes.run(bench)
     assert list(bench.left_out) == ["2 x 128"]

@@ -1,7 +1,7 @@
 """How long something takes: the device's own clock on CUDA, the host's elsewhere."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,30 +59,17 @@ def measure(
     count; for work of many small kernels, which in training are queued while the device is at the backward pass.
     """
     assert repeats > 0
-    first_s = _warm_up(work, context, before, warm_up)
+    warm_ups_s = _host_samples(work, context, before, warm_up)
     if context.device.type == "cuda":
         samples_ms = _device_samples(work, context, before, repeats, queued)
     else:
-        samples_ms = _host_samples(work, context, before, repeats)
-    return Timing(samples_ms=tuple(samples_ms), first_s=first_s)
+        samples_ms = [1000 * seconds for seconds in _host_samples(work, context, before, repeats)]
+    return Timing(samples_ms=tuple(samples_ms), first_s=warm_ups_s[0] if warm_ups_s else None)
 
 
-def _warm_up(work: Act, context: Context, before: Act | None, count: int) -> float | None:
-    first_s = None
-    for number in range(count):
-        if before:
-            before()
-        context.synchronize()
-        start_s = time.perf_counter()
-        work()
-        context.synchronize()
-        if number == 0:
-            first_s = time.perf_counter() - start_s
-    return first_s
-
-
-def _host_samples(work: Act, context: Context, before: Act | None, repeats: int) -> Sequence[float]:
-    samples_ms = []
+def _host_samples(work: Act, context: Context, before: Act | None, repeats: int) -> list[float]:
+    """Seconds by the host's clock."""
+    samples_s = []
     for _ in range(repeats):
         if before:
             before()
@@ -90,11 +77,12 @@ def _host_samples(work: Act, context: Context, before: Act | None, repeats: int)
         start_s = time.perf_counter()
         work()
         context.synchronize()
-        samples_ms.append(1000 * (time.perf_counter() - start_s))
-    return samples_ms
+        samples_s.append(time.perf_counter() - start_s)
+    return samples_s
 
 
-def _device_samples(work: Act, context: Context, before: Act | None, repeats: int, queued: bool) -> Sequence[float]:
+def _device_samples(work: Act, context: Context, before: Act | None, repeats: int, queued: bool) -> list[float]:
+    """Milliseconds by the device's."""
     marks = []
     for _ in range(repeats):
         if before:

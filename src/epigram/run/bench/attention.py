@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epigram import plugin
-from epigram.attention.base import PACKAGE, Attend, Request, usable
+from epigram.attention.base import ORACLE, PACKAGE, Attend, Request, usable
 from epigram.data.lanes import Lane
 from epigram.model.cost import attention_bytes_per_token, attention_flops_per_token
 from epigram.run import machine
@@ -18,13 +18,12 @@ from epigram.run.setup import attention_request
 REPEATS = 20
 OPTIONS: frozenset[str] = frozenset()
 
-_ORACLE = "reference"
 _ORACLE_MATRICES = 5  # of logits that it holds at once, in float32
 
 
 def run(bench: Bench) -> None:
     engine = bench.engine
-    request = attention_request(engine.model, engine.context, bench.compiled)
+    request = attention_request(engine.model, engine.context, engine.compiled)
     windows = (0, engine.config.model.window) if engine.config.model.window_layers else (0,)
     for window in windows:
         _time_backends(bench, replace(request, window=window))
@@ -42,7 +41,7 @@ def _time_backends(bench: Bench, request: Request) -> None:
 
 def _time_backend(bench: Bench, name: str, kind: str, lane: Lane, window: int) -> None:
     what = f"{name}, {kind}, {lane_name(lane)}"
-    if name == _ORACLE and (reason := _too_large(bench, lane)):
+    if name == ORACLE and (reason := _too_large(bench, lane)):
         bench.left_out[what] = reason
         return
     try:

@@ -82,12 +82,11 @@ class Row:
 class Bench:
     """A benchmark at work: what it may use, and what it has found so far.
 
-    compiled: whether the recipe compiles here. left_out: what was not timed, and why. figures: numbers about the whole.
-    breakdown: of a profile, if one was asked for. paste: lines for a recipe that the benchmark proposes.
+    left_out: what was not timed, and why. figures: numbers about the whole. breakdown: of a profile, if one was asked
+    for. paste: lines for a recipe that the benchmark proposes.
     """
 
     engine: Engine
-    compiled: bool
     repeats: int
     options: Options = field(default_factory=Options)
     advance: Callable[[], None] = lambda: None
@@ -117,7 +116,7 @@ class Bench:
 
     def compile(self, function: F) -> F:
         """`function` as the run would call it: compiled for each shape where the recipe compiles."""
-        compiled: F = compile_shapes(function) if self.compiled else function
+        compiled: F = compile_shapes(function) if self.engine.compiled else function
         return compiled
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
@@ -134,13 +133,6 @@ class Bench:
 
 def lane_name(lane: Lane) -> str:
     return f"{lane.num_seqs} x {lane.seq_len}"
-
-
-def random_tokens(engine: Engine, rows: int, cols: int) -> Tensor:
-    """Made-up tokens (rows, cols) as the loader would hand them out: int64 on the host, page-locked for CUDA."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(engine.config.model.vocab_size, (rows, cols), generator=generator)
-    return tokens.pin_memory() if engine.context.device.type == "cuda" else tokens
 
 
 @torch.no_grad()

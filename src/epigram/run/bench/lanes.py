@@ -5,7 +5,6 @@ and 10 x 6144, the numbers of sequences decide who waits for whom; which numbers
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +12,8 @@ import torch
 
 from epigram.config import LaneGroup
 from epigram.data.lanes import Lane
-from epigram.model.cost import training_flops
-from epigram.run.bench.base import Bench, Work, lane_name, random_tokens
-from epigram.run.train import gamma_of, lane_step
+from epigram.run.bench._lane import time_lane
+from epigram.run.bench.base import Bench, lane_name
 from epigram.run.warmup import prepare_lane
 
 REPEATS = 10
@@ -63,18 +61,9 @@ def _shapes(groups: Sequence[LaneGroup]) -> list[Lane]:
 
 def _time(bench: Bench, lane: Lane) -> float:
     """Median ms of forward and backward as a run would execute them."""
-    engine = bench.engine
-    if engine.capture is not None:
-        prepare_lane(engine, lane, None)
-    batch = random_tokens(engine, lane.num_seqs, lane.seq_len + 1)
-    work = Work(flops=training_flops(engine.config.model, lane.seq_len) * lane.num_tokens)
-    row = bench.time(lane_name(lane), partial(_lane, bench, batch), work, amounts={"tokens": lane.num_tokens})
-    return row.timing.median_ms
-
-
-def _lane(bench: Bench, batch: torch.Tensor) -> None:
-    lane_step(bench.engine, batch, gamma_of(bench.engine, bench.engine.config.schedule.mile_peak), None)
-    bench.engine.optimizer.zero_grad()
+    if bench.engine.capture is not None:
+        prepare_lane(bench.engine, lane, None)
+    return time_lane(bench, lane_name(lane), lane).timing.median_ms
 
 
 def fit(times: Mapping[int, float]) -> Line:

@@ -32,7 +32,7 @@ def plain(x: Tensor, h: Tensor, up: Tensor, down: Tensor, slope: float) -> Tenso
 def variants(bench: Bench) -> dict[str, Callable[..., Passes]]:
     """What is compared, by the name in the table: from (x, h, up, down, grad, slope) to the work."""
     found: dict[str, Callable[..., Passes]] = {"eager": partial(differentiated, plain)}
-    if bench.compiled:
+    if bench.engine.compiled:
         found["compiled"] = partial(differentiated, bench.compile(plain))
     for name, products in usable_products(bench.engine.model.compute_dtype, bench.engine.context).items():
         found[f"products by {name}"] = partial(finished, products)

@@ -13,8 +13,9 @@ from epigram.artifact.tensors import Contents, load, save
 from epigram.config import to_tree
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quantized import QuantizedTensor
-from epigram.run.bench.base import Bench, random_tokens
+from epigram.run.bench.base import Bench
 from epigram.run.export import BATCH_TOKENS, calibrate
+from epigram.run.warmup import random_tokens
 
 REPEATS = 1  # a codec may take a minute
 OPTIONS: frozenset[str] = frozenset()
@@ -31,14 +32,14 @@ def run(bench: Bench) -> None:
 
 def _quantize(bench: Bench) -> Stored:
     engine, config = bench.engine, bench.engine.config.quant
-    found: dict[str, dict[str, Tensor]] = {"hessians": {}}
+    hessians: dict[str, Tensor] = {}
     stored: Stored = {}
 
     def measure_hessians() -> None:
-        found["hessians"] = calibrate(engine.model, engine.config, _windows(bench), engine.context)
+        hessians.update(calibrate(engine.model, engine.config, _windows(bench), engine.context))
 
     def quantize() -> None:
-        stored.update(quantize_model(named, engine.model.roles(), found["hessians"], config)[0])
+        stored.update(quantize_model(named, engine.model.roles(), hessians, config)[0])
 
     if config.needs_hessians:
         tokens = config.calibration.num_windows * config.calibration.seq_len

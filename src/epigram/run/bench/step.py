@@ -5,13 +5,13 @@ from functools import partial
 
 import torch
 
-from epigram.model.cost import training_flops
+from epigram.run.bench._lane import lane_work, time_lane
 from epigram.run.bench._profile import profile_steps
 from epigram.run.bench._updates import MOMENTUM, RATE, Updates, update_work
-from epigram.run.bench.base import Bench, Work, lane_name, random_tokens
+from epigram.run.bench.base import Bench, lane_name
 from epigram.run.machine import peak_memory_bytes
-from epigram.run.train import StepPlan, compute_step, gamma_of, lane_step
-from epigram.run.warmup import lane_shapes, prepare_lane
+from epigram.run.train import StepPlan, compute_step
+from epigram.run.warmup import lane_shapes, made_up_tokens, prepare_lane
 
 REPEATS = 20
 OPTIONS = frozenset({"profile"})
@@ -21,13 +21,7 @@ def run(bench: Bench) -> None:
     """The whole step first: its first call compiles everything, and its peak of memory is that of training."""
     whole, median_ms = _whole_step(bench)
     for lane in bench.lanes():
-        batch = random_tokens(bench.engine, lane.num_seqs, lane.seq_len + 1)
-        bench.time(
-            f"forward + backward, {lane_name(lane)}",
-            partial(_lane, bench, batch),
-            _lane_work(bench, lane.num_tokens, lane.seq_len),
-            amounts={"tokens": lane.num_tokens},
-        )
+        time_lane(bench, f"forward + backward, {lane_name(lane)}", lane)
     updates = Updates(bench)
     updates.time_clip()
     updates.time_optimizer()
@@ -39,16 +33,15 @@ def run(bench: Bench) -> None:
 def _whole_step(bench: Bench) -> tuple[partial, float]:
     engine = bench.engine
     lanes = [engine.config.flat_lanes[i] for i in engine.lanes]
-    batches = [random_tokens(engine, lane.num_seqs, lane.seq_len + 1) for lane in lanes]
+    batches = [made_up_tokens(engine, lane) for lane in lanes]
     step = partial(compute_step, engine, batches, _plan(engine.config.schedule.mile_peak))
     if engine.context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.context.device)
     recorded_s = _record(bench)
-    work = [_lane_work(bench, lane.num_tokens, lane.seq_len) for lane in lanes]
     row = bench.time(
         "whole step",
         step,
-        *work,
+        *(lane_work(engine, lane) for lane in lanes),
         *update_work(engine),
         amounts={"tokens": sum(lane.num_tokens for lane in lanes)},
     )
@@ -65,16 +58,6 @@ def _record(bench: Bench) -> float:
             prepare_lane(bench.engine, lane, None)
         bench.engine.context.synchronize()
     return time.perf_counter() - start_s
-
-
-def _lane(bench: Bench, batch: torch.Tensor) -> None:
-    lane_step(bench.engine, batch, gamma_of(bench.engine, bench.engine.config.schedule.mile_peak), None)
-    bench.engine.optimizer.zero_grad()
-
-
-def _lane_work(bench: Bench, num_tokens: int, seq_len: int) -> Work:
-    """The products and attention of a forward and a backward, which has twice as many."""
-    return Work(flops=training_flops(bench.engine.config.model, seq_len) * num_tokens)
 
 
 def _plan(gamma: float) -> StepPlan:
