@@ -58,6 +58,7 @@ VARIANTS = {
         "num_layers": 3, "num_kv_heads": 1, "bigram_buckets": 0, "value_embed_layers": (), "smear": False,
         "xsa_layers": (0, 1, 2), "backout_layer": 1,
     },
+    "isolated documents": {"documents": "isolated", "bos_id": 7},
 }  # fmt: skip
 
 
@@ -127,7 +128,9 @@ def _joined(results: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_technique(place: Place, name: str, monkeypatch):
     model = model_of(replace(TINY, **VARIANTS[name]), place)
-    check(model, place, kernels_here(place, monkeypatch), partial(trained, tokens=place.tokens(50, 2, 22)))
+    tokens = place.tokens(50, 2, 22)
+    tokens[:, [5, 9, 10]] = 7  # begins a document where documents are isolated
+    check(model, place, kernels_here(place, monkeypatch), partial(trained, tokens=tokens))
 
 
 def published(place: Place) -> ModelConfig:
@@ -170,11 +173,13 @@ def test_scoring(place: Place, last: int | None, backout: int, monkeypatch):
 
 
 @BEST_PRECISION
-def test_streaming(place: Place, monkeypatch):
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_streaming(place: Place, documents: str, monkeypatch):
     """Chunk after chunk through a cache."""
     monkeypatch.setattr(gpt, "_FEW", 1)
-    model = model_of(published(place), place)
+    model = model_of(replace(published(place), documents=documents, bos_id=7), place)
     tokens = batch(place, model.config)
+    tokens[:, [3, 7, 8, 15]] = 7
     model.attend_window = model.attend = sdpa.attend
 
     def streamed(model: GPT, kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
