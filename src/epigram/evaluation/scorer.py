@@ -22,6 +22,10 @@ from epigram.progress import Progress
 Reduce = Callable[[Tensor], Tensor]  # adds a float64 tensor up over the ranks
 
 
+class MiscountError(AssertionError):
+    """Tokens or bytes that were counted twice or not at all: a fault of the scorer, whoever uses it."""
+
+
 def score(
     nll: TokenLoss | OpenStream,
     tokens: NDArray[np.uint16],
@@ -62,8 +66,10 @@ def score(
     sums = torch.stack([nats, counted.double(), num_bytes.double()])
     result = _as_score(reduce(sums) if reduce else sums)
     if reduce or world_size == 1:
-        assert result.tokens == len(tokens) - 1, "every token must be scored once"
-        assert result.bytes == all_bytes, "every byte must be counted once"
+        if result.tokens != len(tokens) - 1:
+            raise MiscountError(f"{result.tokens:,} tokens are scored of {len(tokens) - 1:,}")
+        if result.bytes != all_bytes:
+            raise MiscountError(f"{result.bytes:,} bytes are counted of {all_bytes:,}")
     return result
 
 
@@ -86,7 +92,8 @@ def token_nlls(
             targets, nats = part.counted()
             found[targets] = nats
             np.add.at(times, targets, 1)
-    assert np.all(times == 1), "every token must be scored once"
+    if len(wrong := np.flatnonzero(times != 1)):
+        raise MiscountError(f"token {int(wrong[0]) + 1} is scored {int(times[wrong[0]])} times")
     return found
 
 

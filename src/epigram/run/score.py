@@ -109,7 +109,14 @@ def score_model(
             if with_probes:
                 dtype = model.gpt.compute_dtype
                 findings[name] = probe(
-                    losses, data, method, context, dtype=dtype, batch_tokens=max(batch_tokens, seq_len), split=split
+                    losses,
+                    data,
+                    method,
+                    context,
+                    dtype=dtype,
+                    batch_tokens=max(batch_tokens, seq_len),
+                    split=split,
+                    isolated=model.gpt.config.isolated,
                 )
                 if context.is_main:
                     _print_findings(name, findings[name])
