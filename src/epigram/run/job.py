@@ -90,7 +90,11 @@ def export_job(
     overrides: Sequence[str] = (),
     device: str = "auto",
 ) -> dict[str, Any]:
-    """The steps after training, from a run's newest checkpoint, with changed settings, into a folder of its own."""
+    """The steps after training, from a run's newest checkpoint, with changed settings, into a folder of its own.
+
+    average.mode = "none" exports the weights that the last step left, of a run that averaged too. Other settings of
+    training change nothing.
+    """
     with open_context(device) as context:
         config, saved = run_config(run, overrides), checkpoint.load(run)
         data = prepare_data(data_path or _data_of(saved), config)
@@ -99,7 +103,8 @@ def export_job(
             raise UserError(f"{data.path} has another tokenizer than {run} was trained with: name the data of the run")
         work = scoring_work(config.score.seq_len, config.score.batch_tokens)
         model, compiled, paths = build_model(config, context, work)
-        restore(model.state_dict(), final_weights(saved), "this model")
+        weights = final_weights(saved, averaged=config.average.mode != "none")
+        restore(model.state_dict(), weights, "this model")
         with _record(out or _next_export(run, context), config, context) as record:
             record.environment(environment(paths))
             facts = {**saved.state["facts"], "data": str(data.path.resolve())}
