@@ -92,7 +92,7 @@ def _bench(cell: Cell, folder: Path, recipe: str, device: str, found: dict[str, 
     for variant in cell.experiment.variants:
         settings = [*cell.settings, *variant.set]
         result = benchmark("step", recipe=recipe, overrides=settings, device=device, show=False)
-        rows = [{key: row[key] for key in _BENCH_FIGURES} for row in result["rows"]]
+        rows = [{**{key: row[key] for key in _BENCH_FIGURES}, **row["amounts"]} for row in result["rows"]]
         found["rows"].append({"variant": variant.name, "step": rows, "figures": result["figures"]})
         found["gpu"] = gpu_of(result["machine"])
         write_atomic(folder / ENVIRONMENT, json.dumps(result["machine"], indent=1) + "\n")

@@ -68,6 +68,7 @@ class Experiment:
     priority: of each seed, small ones first. train_s: budget.train_s. data: name of a data folder. scores,
     float_scores: of the packed and the float model, besides those that the export itself makes. repeats: a cell whose
     config.toml is the recipe. group: cells that are compared with each other, and so belong on one kind of GPU.
+    against: the experiment that it is compared with, if not the baseline of its claim.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Experiment:
     float_scores: tuple[str, ...] = ()
     codecs: tuple[str, ...] = ()
     repeats: str = ""
+    against: str = ""
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
@@ -141,7 +143,10 @@ class Cell:
 class Claim:
     """A claim of the published text, or a question: what the page says before the figures.
 
-    columns: score columns of its table, as (model, spec). baseline: the experiment that others are compared with.
+    columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong into
+    it, by what they are called there. reference: published rows, by column. baseline: the experiment that others are
+    compared with, by the score `compare`. plot: one of "bars", "bytes" (against bits per byte), "curve" (over the time),
+    "steps" (of kind bench).
     """
 
     name: str
@@ -152,6 +157,8 @@ class Claim:
     baseline: str = ""
     compare: str = ""
     columns: tuple[str, ...] = ()
+    also: dict[str, str] = field(default_factory=dict)
+    reference: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +202,10 @@ def load_plan(path: Path = PLAN) -> Plan:
         raise UserError(f"{path}: these names come twice: {', '.join(twice)}")
     if lost := sorted({e.claim for e in experiments} - claims.keys()):
         raise UserError(f"{path}: there is no [claim.{lost[0]}]")
+    wanted = {c.baseline for c in claims.values()} | {e.against for e in experiments}
+    wanted |= {name for claim in claims.values() for name in claim.also}
+    if lost := sorted(wanted - {"", *names}):
+        raise UserError(f"{path}: there is no experiment {lost[0]}")
     costs, defaults = Costs(**tree["cost"]), tuple(tree["defaults"]["set"])
     cells = [cell for experiment in experiments for cell in _cells(experiment, costs, defaults)]
     cells.sort(key=lambda cell: cell.priority)
