@@ -143,10 +143,10 @@ class Cell:
 class Claim:
     """A claim of the published text, or a question: what the page says before the figures.
 
-    columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong into
-    it, by what they are called there. reference: published rows, by column. baseline: the experiment that others are
-    compared with, by the score `compare`. plot: one of "bars", "bytes" (against bits per byte), "curve" (over the time),
-    "steps" (of kind bench).
+    columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong
+    into it, by what they are called there. reference: published rows, by column. baseline: the experiment that others
+    are compared with, by the score `compare`. plot: one of "bars", "bytes" (against bits per byte), "curve" (over the
+    time), "steps" (of kind bench).
     """
 
     name: str

@@ -26,7 +26,8 @@ from epigram.run.record import CONFIG, write_atomic
 _POLL_S = 0.2
 _END_S = 3.0  # kept for the archive and the last lines
 _GRACE_S = 2.0  # between being asked to end and being ended
-_PAUSE_S = 15.0  # before the end, a run that can go on later is asked to write its checkpoint
+_PAUSE_S = 15.0  # before the end, a run begun to be paused is asked to write its checkpoint
+_LATE_S = 6.0  # before the end, so is one that was to be finished by then
 _WORTH_S = 120.0  # least time for which a run is begun that will have to pause
 
 
@@ -57,7 +58,7 @@ class Options:
 
 @dataclass
 class Slot:
-    """A GPU: the process that waits, the one that runs, and what it runs."""
+    """A GPU: the process that waits, the one that runs, and what it runs. partial: it will have to pause."""
 
     device: str
     waiting: subprocess.Popen[str] | None = None
@@ -65,6 +66,7 @@ class Slot:
     cell: Cell | None = None
     start_s: float = 0.0
     cells: int = 0
+    partial: bool = False
     pausing: bool = False
     log: Path | None = None
 
@@ -157,7 +159,7 @@ class _Run:
                 self._finish(slot)
             if slot.running is None:
                 self._start(slot)
-            elif slot.cell is not None and slot.cell.can_pause and not slot.pausing and self._left_s() < _PAUSE_S:
+            elif self._must_pause(slot):
                 slot.pausing = True
                 slot.running.terminate()
         for name in [name for name, process in self.packing.items() if process.poll() is not None]:
@@ -178,6 +180,7 @@ class _Run:
             self._dismiss(slot)
             return
         self.pending.remove(cell)
+        about_s = cell.cost_s + first_s - self._trained_s(cell)
         own = cell.experiment
         slot.log = self.options.work / f"{cell.name}.log"
         job = {
@@ -196,11 +199,15 @@ class _Run:
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.close()
         slot.running, slot.waiting, slot.cell, slot.start_s = process, None, cell, time.monotonic()
-        slot.pausing = False
+        slot.partial, slot.pausing = about_s > self._left_s(), False
         slot.cells += 1
-        about_s = cell.cost_s + first_s - self._trained_s(cell)
         self._say(f"{slot.device}: {cell.name} starts, about {about_s:.0f} s of {self._left_s():.0f} left")
         slot.waiting = self._worker(slot)
+
+    def _must_pause(self, slot: Slot) -> bool:
+        """Whether it is time to ask the run for its checkpoint, so that it can go on in the next call."""
+        late = self._left_s() < (_PAUSE_S if slot.partial else _LATE_S)
+        return late and not slot.pausing and slot.cell is not None and slot.cell.can_pause
 
     def _fits(self, cell: Cell, first_s: float) -> bool:
         """Whether there is time for it; for part of it, where it would not fit into any such time as a whole."""
@@ -242,6 +249,9 @@ class _Run:
         folder = self.options.out / cell.name
         evidence = self._evidence(folder, cell)
         took_s = time.monotonic() - slot.start_s
+        if slot.pausing and evidence["status"] == "running":  # it was past training, whose last checkpoint is there
+            evidence["status"] = "paused"
+            write(folder, evidence)
         if process.returncode == 0 and evidence["status"] == "finished":
             self.summary.finished.append(cell.name)
             self._say(f"{slot.device}: {cell.name} finished in {took_s:.0f} s: {_scores(evidence)}")
