@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 _INK, _SOFT, _RULE = "#1f2328", "#59636e", "#d1d9e0"
+_LABEL_CHARS = 46  # of a line beside a row
 _COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#4d2d00")
 
 
@@ -51,7 +53,7 @@ def save(drawing: Drawing, path: Path) -> None:
         figure = Figure(figsize=(7.2, 1.1 + 0.26 * most if drawing.rows else 3.4), layout="constrained")
         axes = figure.subplots()
         (_rows if drawing.rows else _lines)(axes, drawing)
-        axes.set_title(drawing.title, loc="left", size=10)
+        figure.suptitle(drawing.title, x=0.01, ha="left", size=10)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"Date": None, "Creator": None, "Description": f"data {drawing.fingerprint}"}
         figure.savefig(path, format="svg", metadata=about)
@@ -63,7 +65,8 @@ def _rows(axes: Any, drawing: Drawing) -> None:
     at = range(len(points), 0, -1)
     spreads = [point.spread for point in points]
     axes.errorbar([p.y for p in points], at, xerr=spreads, fmt="o", color=_COLOURS[0], ms=5, lw=1.2, capsize=2)
-    axes.set_yticks(list(at), [point.label for point in points])
+    axes.set_yticks(list(at), [textwrap.fill(point.label, _LABEL_CHARS) for point in points])
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(0.4, len(points) + 0.6)
     for point, height in zip(points, at, strict=True):
         offset: dict[str, Any] = {"xytext": (7, 4), "textcoords": "offset points"}

@@ -285,7 +285,12 @@ def _drawing(claim: Claim, rows: Sequence[Row]) -> Drawing | None:
         )
     if claim.plot == "bytes":
         points = [
-            _point(row, claim.compare, x=statistics.fmean(row.sizes["entropy"].values()) / 1e6, label=row.label)
+            _point(
+                row,
+                claim.compare,
+                x=statistics.fmean(row.sizes["entropy"].values()) / 1e6,
+                label="as it is" if row.variant == BASE else row.variant,
+            )
             for row in measured
             if "entropy" in row.sizes
         ]

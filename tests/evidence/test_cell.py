@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks.evidence.cell import EVIDENCE, execute, repack
 from benchmarks.evidence.plan import Cell, load_plan
 from benchmarks.evidence.runner import _with_path
 
-from epigram.run import checkpoint
+from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
 from epigram.run.score import score_model
 from epigram.run.weights import load_model
@@ -23,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 CELLS = {cell.name: cell for cell in load_plan(TOY).cells}
 
 
-def run_cell(cell: Cell, base: Path, data: Path, recipe: str = "smoke") -> dict[str, Any]:
-    return execute(cell, base / "out" / cell.name, base / "work" / cell.name, str(data), recipe, "cpu")
+def run_cell(cell: Cell, base: Path, data: Path, recipe: str = "smoke", **options: Any) -> dict[str, Any]:
+    return execute(cell, base / "out" / cell.name, base / "work" / cell.name, str(data), recipe, "cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,24 @@ def test_a_run_replays_its_clock(base: Path, data_path: Path, tmp_path: Path):
     once, again = checkpoint.load(base / "work" / "plain-s1" / "run"), checkpoint.load(tmp_path / "run")
     assert once.state["step"] == again.state["step"] == 8
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in once.tensors.items())
+
+
+def test_a_whole_job_pauses_and_goes_on(data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SIGTERM in training leaves a checkpoint; the next call ends with the scores of a run that was never stopped."""
+    cell, once, paused = CELLS["whole-s1"], tmp_path / "once", tmp_path / "paused"
+    run_cell(cell, once, data_path)
+    train_step = train.train_step
+
+    def stopped(session: Any, plan: Any) -> torch.Tensor:
+        if plan.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(session, plan)
+
+    monkeypatch.setattr(train, "train_step", stopped)
+    assert run_cell(cell, paused, data_path)["status"] == "paused"
+    monkeypatch.undo()
+    run_cell(cell, paused, data_path, resume=True)
+    assert rows_of(paused, "whole-s1") == rows_of(once, "whole-s1")
 
 
 @pytest.mark.slow
