@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.plan import BASE, Cell, Spec, Variant
+from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 
 from epigram.artifact import tensors as artifact
 from epigram.dist.context import open_context
@@ -27,7 +27,6 @@ EVIDENCE = "evidence.json"
 REPACK = "repack.json"
 """In the working folder of a cell: the model files whose sizes by other codecs are still to be found."""
 
-ROOT = Path(__file__).parents[2]
 _BATCH_TOKENS = 196_608
 _BENCH_FIGURES = ("name", "median_ms", "p10_ms", "p90_ms", "first_s")
 _LOG_LINES = 60

@@ -11,6 +11,8 @@ import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.evaluation.windows import Method, stride_of
 
+ROOT = Path(__file__).parents[2]
 PLAN = Path(__file__).parent / "plan.toml"
+PUBLISHED = "published"
+"""Instead of an experiment to compare with: the number that the claim names."""
+
 KINDS = ("train", "whole", "bench")
 BASE = "base"
 """The variant that every trained cell has: exported as configured."""
@@ -68,7 +74,7 @@ class Experiment:
     priority: of each seed, small ones first. train_s: budget.train_s. data: name of a data folder. scores,
     float_scores: of the packed and the float model, besides those that the export itself makes. repeats: a cell whose
     config.toml is the recipe. group: cells that are compared with each other, and so belong on one kind of GPU.
-    against: the experiment that it is compared with, if not the baseline of its claim.
+    against: the experiment that it is compared with, if not the baseline of its claim, or "published".
     """
 
     name: str
@@ -119,6 +125,12 @@ class Cell:
         return self.experiment.name if self.experiment.kind == "bench" else f"{self.experiment.name}-s{self.seed}"
 
     @property
+    def recipe(self) -> str:
+        """The recipe's name, or its file from anywhere."""
+        name = self.experiment.recipe
+        return str(ROOT / name) if name.endswith(".toml") else name
+
+    @property
     def can_pause(self) -> bool:
         """Whether it can be stopped in training and go on later: a job that is scored as a whole."""
         return self.experiment.kind == "whole"
@@ -134,9 +146,17 @@ class Cell:
     def fingerprint(self) -> str:
         """Changes when anything changes that a result depends on; words and priorities do not count."""
         own = self.experiment
-        what = [own.kind, own.recipe, own.repeats, self.seed, self.settings, own.data, own.float_scores]
+        what: list[Any] = [
+            own.kind,
+            {} if own.repeats else _content(self.recipe),
+            own.repeats,
+            self.seed,
+            self.settings,
+            own.data,
+            own.float_scores,
+        ]
         what += [[v.name, v.set, v.scores, v.codecs] for v in self.exports]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -145,8 +165,8 @@ class Claim:
 
     columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong
     into it, by what they are called there. reference: published rows, by column. baseline: the experiment that others
-    are compared with, by the score `compare`. plot: one of "bars", "bytes" (against bits per byte), "curve" (over the
-    time), "steps" (of kind bench).
+    are compared with, by the score `compare`; target: the published one. plot: one of "bars", "bytes" (against bits per
+    byte), "curve" (over the time), "steps" (of kind bench).
     """
 
     name: str
@@ -156,6 +176,7 @@ class Claim:
     text: str = ""
     baseline: str = ""
     compare: str = ""
+    target: float = 0.0
     columns: tuple[str, ...] = ()
     also: dict[str, str] = field(default_factory=dict)
     reference: tuple[dict[str, str], ...] = ()
@@ -204,7 +225,7 @@ def load_plan(path: Path = PLAN) -> Plan:
         raise UserError(f"{path}: there is no [claim.{lost[0]}]")
     wanted = {c.baseline for c in claims.values()} | {e.against for e in experiments}
     wanted |= {name for claim in claims.values() for name in claim.also}
-    if lost := sorted(wanted - {"", *names}):
+    if lost := sorted(wanted - {"", PUBLISHED, *names}):
         raise UserError(f"{path}: there is no experiment {lost[0]}")
     costs, defaults = Costs(**tree["cost"]), tuple(tree["defaults"]["set"])
     cells = [cell for experiment in experiments for cell in _cells(experiment, costs, defaults)]
@@ -219,9 +240,17 @@ def check(plan: Plan) -> None:
             continue
         for settings in [cell.settings, *((*cell.settings, *v.set) for v in cell.experiment.variants)]:
             try:
-                load_recipe(cell.experiment.recipe, settings)
+                load_recipe(cell.recipe, settings)
             except UserError as error:
                 raise UserError(f"{cell.name}: {error}") from error
+
+
+@cache
+def _content(recipe: str) -> dict[str, Any]:
+    """What a recipe says, without its words. Defaults are not in it: a new setting makes no result an old one."""
+    path = Path(recipe) if recipe.endswith(".toml") else resources.files("epigram") / "recipes" / f"{recipe}.toml"
+    tree = tomllib.loads(path.read_text("utf-8"))
+    return {key: value for key, value in tree.items() if key not in ("recipe", "summary", "seed")}
 
 
 def _experiment(table: dict[str, Any]) -> Experiment:

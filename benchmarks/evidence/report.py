@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.cell import EVIDENCE
-from benchmarks.evidence.plan import BASE, Claim, Experiment, Plan, Spec, Variant
+from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Experiment, Plan, Spec, Variant
 from benchmarks.evidence.plots import Drawing, Point, save
 from benchmarks.evidence.runner import found_results
 
@@ -23,9 +23,6 @@ from epigram.run.statistics import compare
 BEGIN, END = "<!-- evidence: python -m benchmarks.evidence report -->", "<!-- end of evidence -->"
 HEAD_BEGIN, HEAD_END = "<!-- headline: python -m benchmarks.evidence report -->", "<!-- end of headline -->"
 MISSING, NONE = "not measured", "-"
-PUBLISHED_180 = 1.1547
-"""bpb of the published code in 180 s on the same data: sliding 2048/128, over the cap."""
-
 _EQUAL_TOKENS = 65_536
 
 
@@ -222,10 +219,14 @@ def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> st
     name = _rival(claim, row)
     if not name:
         return ""
+    if not (ours := row.values(claim.compare)):
+        return NONE
+    if name == PUBLISHED:
+        return f"{statistics.fmean(ours.values()) - claim.target:+.4f} to the published {claim.target}"
     rival = next(e for e in plan.experiments if e.name == name)
     theirs = _row(plan, rival, Variant(name=BASE), found)
-    ours, other = row.values(claim.compare), theirs.values(claim.compare)
-    if not ours or not other:
+    other = theirs.values(claim.compare)
+    if not other:
         return NONE
     if same := ours.keys() & other.keys():  # seed by seed, where that can be
         ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
@@ -394,7 +395,7 @@ def headline(plan: Plan, found: dict[str, Any], results: Path) -> str:
         if not (values := row.values(column)):
             continue
         seeds = "one seed" if len(values) == 1 else f"{len(values)} seeds"
-        beside = f" (published code: {PUBLISHED_180}, over the cap)" if name == "h100-180" else ""
+        beside = f" (published code: {plan.claims['h100'].target}, over the cap)" if name == "h100-180" else ""
         size = max(row.sizes["entropy"].values())
         gpu = ", ".join(sorted(row.gpus))
         lines += [

@@ -188,7 +188,7 @@ class _Run:
             "folder": str((self.options.out / cell.name).resolve()),
             "work": str((self.options.work / cell.name).resolve()),
             "data": str(self.options.data.get(own.data, "")),
-            "recipe": str(self._repeated(cell) or own.recipe),
+            "recipe": str(self._repeated(cell) or cell.recipe),
             "log": str(slot.log.resolve()),
             "resume": self._trained_s(cell) > 0,
             "plan": str(self.plan.path.resolve()),

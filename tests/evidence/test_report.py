@@ -200,4 +200,4 @@ def test_commands_say_what_was_run():
         settings = re.findall(r"--set (?:'([^']*)'|(\S+))", train)
         typed = [one or other for one, other in settings]
         typed += plan.defaults if "SHORT" in train else []
-        assert load_recipe("h100", typed) == load_recipe("h100", cell.settings), cell.name
+        assert load_recipe(cell.recipe, typed) == load_recipe(cell.recipe, cell.settings), cell.name
