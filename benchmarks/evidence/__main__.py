@@ -126,9 +126,10 @@ def _gpus() -> list[str]:
 @click.option("--device", required=True)
 def worker(device: str) -> None:
     """Import everything, wait for one job on standard input, do it."""
-    from benchmarks.evidence.cell import execute
+    from benchmarks.evidence.cell import execute, import_kernels
     from benchmarks.evidence.runner import note_failure
 
+    import_kernels()
     line = sys.stdin.readline()
     if not line:
         return

@@ -1,9 +1,11 @@
 """Runs one cell of the plan in this process: train, export each variant, score, keep what is small."""
 
+import importlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 
 from epigram.artifact import tensors as artifact
 from epigram.dist.context import open_context
-from epigram.errors import StoppedError
+from epigram.errors import StoppedError, UserError
 from epigram.run.benchmark import benchmark
 from epigram.run.budget import CLOCK_FILE
 from epigram.run.job import OverBudgetError, export_job, run_job
@@ -74,6 +76,13 @@ def hide_places(folder: Path, places: dict[str, str]) -> None:
             text = json.dumps({**json.loads(text), "command": ["python", "-m", "benchmarks.evidence", "run"]}, indent=1)
         if text != before:
             write_atomic(path, text)
+
+
+def import_kernels() -> None:
+    """Import the kernel libraries that this machine has, which takes seconds, while another cell still runs."""
+    for name in ("epigram.attention.flash4", "epigram.kernels.products.quack"):
+        with suppress(UserError, ImportError):
+            importlib.import_module(name)
 
 
 def describe(cell: Cell) -> dict[str, Any]:
