@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 
 from epigram.artifact import tensors as artifact
@@ -31,6 +35,7 @@ REPACK = "repack.json"
 
 _BATCH_TOKENS = 196_608
 _BENCH_FIGURES = ("name", "median_ms", "p10_ms", "p90_ms", "first_s")
+_MOST_PACKERS = 6
 _LOG_LINES = 60
 """Of a log that is kept, at each end."""
 
@@ -195,15 +200,25 @@ def gpu_of(machine: dict[str, Any]) -> str:
 
 
 def repack(work: Path) -> None:
-    """Sizes of a cell's models by other codecs, into their results; the models are read, not made again."""
-    for job in json.loads((work / REPACK).read_text("utf-8")):
-        model, path = Path(job["model"]), Path(job["result"])
-        contents = artifact.load(model)
-        for codec in job["codecs"]:
-            start_s = time.perf_counter()
-            report = artifact.save(other := model.with_suffix(f".{codec}"), contents, codec=codec)
-            other.unlink()
-            result = json.loads(path.read_text("utf-8"))
-            row = {"artifact_bytes": report.total_bytes, "pack_s": round(time.perf_counter() - start_s, 1)}
-            result.setdefault("codecs", {})[codec] = row
-            write_atomic(path, json.dumps(result, indent=2) + "\n")
+    """Sizes of a cell's models by other codecs, into their results; the models are read, not made again.
+
+    Several processes share the work: brotli needs more than a minute for a model of 16 MB.
+    """
+    jobs = json.loads((work / REPACK).read_text("utf-8"))
+    tasks = [(job, codec) for job in jobs for codec in job["codecs"]]
+    count = max(1, min(len(tasks), _MOST_PACKERS, (os.cpu_count() or 2) // 2))
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        packed = [(job["result"], codec, pool.submit(_packed_bytes, job["model"], codec)) for job, codec in tasks]
+        for path, codec, row in packed:
+            result = json.loads(Path(path).read_text("utf-8"))
+            result.setdefault("codecs", {})[codec] = row.result()
+            write_atomic(Path(path), json.dumps(result, indent=2) + "\n")
+
+
+def _packed_bytes(model: str, codec: str) -> dict[str, Any]:
+    """Size of a model file written again with `codec`, and how long that took."""
+    torch.set_num_threads(1)
+    contents, start_s = artifact.load(model), time.perf_counter()
+    report = artifact.save(other := Path(model).with_suffix(f".{codec}"), contents, codec=codec)
+    other.unlink()
+    return {"artifact_bytes": report.total_bytes, "pack_s": round(time.perf_counter() - start_s, 1)}
