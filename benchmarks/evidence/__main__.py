@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import click
-from benchmarks.evidence.plan import PLAN, check, load_plan
 
+from benchmarks.evidence.plan import PLAN, check, load_plan
 from epigram.errors import UserError
 
 RESULTS = Path("docs/results/evidence")

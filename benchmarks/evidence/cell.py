@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 
+from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 from epigram.artifact import tensors as artifact
 from epigram.dist.context import open_context
 from epigram.errors import StoppedError, UserError

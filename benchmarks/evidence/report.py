@@ -15,7 +15,6 @@ from benchmarks.evidence.cell import EVIDENCE
 from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Experiment, Plan, Spec, Variant
 from benchmarks.evidence.plots import Drawing, Point, save
 from benchmarks.evidence.runner import found_results
-
 from epigram.errors import UserError
 from epigram.run.record import ENVIRONMENT, RESULT
 from epigram.run.statistics import compare
@@ -77,7 +76,7 @@ def rows_of(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[Row]:
         if experiment.claim == claim.name and experiment.kind != "bench":
             variants = [Variant(name=BASE, about=experiment.about), *experiment.variants]
             rows += [_row(plan, experiment, variant, found) for variant in variants]
-    return rows
+    return sorted(rows, key=lambda row: row.experiment.train_s) if claim.plot == "curve" else rows
 
 
 def _row(plan: Plan, experiment: Experiment, variant: Variant, found: dict[str, Any]) -> Row:

@@ -19,7 +19,6 @@ from typing import Any
 
 from benchmarks.evidence.cell import EVIDENCE, REPACK, ROOT, describe, write
 from benchmarks.evidence.plan import Cell, Plan
-
 from epigram.run.checkpoint import STATE
 from epigram.run.record import CONFIG, write_atomic
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from benchmarks.evidence.cell import EVIDENCE, execute, repack
 from benchmarks.evidence.plan import Cell, load_plan
 from benchmarks.evidence.runner import _with_path
-
 from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
 from epigram.run.score import score_model

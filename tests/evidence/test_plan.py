@@ -4,8 +4,8 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from benchmarks.evidence.plan import PLAN, Spec, check, load_plan
 
+from benchmarks.evidence.plan import PLAN, Spec, check, load_plan
 from epigram.config import load_recipe
 from epigram.errors import UserError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.evidence.cell import EVIDENCE, describe
 from benchmarks.evidence.plan import BASE, Cell, load_plan
 from benchmarks.evidence.report import BEGIN, END, HEAD_BEGIN, HEAD_END, command_of, write_pages
-
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.run.statistics import compare

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.evidence import runner
 from benchmarks.evidence.cell import EVIDENCE
 from benchmarks.evidence.plan import Plan, load_plan
