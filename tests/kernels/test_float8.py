@@ -99,6 +99,15 @@ def test_the_largest_number_is_met_and_never_passed(dtype: torch.dtype, precisio
         assert float(found.scale) * FORMATS[dtype][3] == pytest.approx(float(x.abs().max()), rel=1e-6)
 
 
+def test_rounded_matrices_lie_as_a_device_wants_them():
+    """Along what is summed over, also where the gradient of a transposed or of an expanded tensor comes in."""
+    x = normal(4, 16)
+    for found, expected in ((x.t(), x.t().contiguous()), (x[:1].expand(6, 16), x[:1].repeat(6, 1))):
+        values = float8.rounded(found, E5M2).values
+        assert values.is_contiguous()
+        assert values.float().equal(float8.rounded(expected, E5M2).values.float())
+
+
 # -- the product -------------------------------------------------------------------------------------------------------
 
 

@@ -53,16 +53,17 @@ def why_not(device_type: str, capability: Capability | None, widths: Sequence[in
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Rounded:
-    """x in the float8 format `dtype`, each element to the nearest, ties to even."""
+    """x in the float8 format `dtype`, each element to the nearest, ties to even; contiguous whatever x is."""
     scale = x.abs().amax().float().clamp_min(_LEAST) / torch.finfo(dtype).max
-    return Rounded((x.float() * scale.reciprocal()).to(dtype), scale)
+    values = (x.float() * scale.reciprocal()).to(dtype, memory_format=torch.contiguous_format)
+    return Rounded(values, scale)
 
 
 def scaled_product(a: Rounded, b: Rounded, dtype: torch.dtype, fast: bool) -> Tensor:
     """a b^T by the device's float8 products: a (R, K), b (N, K), both contiguous -> (R, N) in `dtype`.
 
     fast: Hopper's tensor cores then add up in about 14 bits of mantissa, instead of moving their sums to float32 now
-    and then.
+    and then (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
     """
     return torch._scaled_mm(a.values, b.values.t(), a.scale, b.scale, out_dtype=dtype, use_fast_accum=fast)
 
@@ -90,6 +91,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, values, scale = ctx.saved_tensors
         transposed = Rounded(values.t().contiguous(), scale)
-        # Sums of gradients in full float32: their terms spread wider, and there is no later layer to average over.
-        dx = _product(rounded(grad.contiguous(), _GRADIENTS), transposed, x.dtype, fast=False)
+        # Not `fast`: gradients spread wider, so that small terms would be lost beside large ones.
+        dx = _product(rounded(grad, _GRADIENTS), transposed, x.dtype, fast=False)
         return dx, grad.mT @ x
