@@ -152,7 +152,8 @@ class RunConfig:
     attention: a backend of `epigram.attention`, or "auto". kernels: "fused" (those of `epigram.kernels._triton`),
     "plain" (torch code, which torch.compile can fuse), or "auto": fused where they can serve, unless compile is "on".
     compile: torch.compile for the plain kernels, "auto" (when a compiler is there), "on", "off"; fused ones are never
-    compiled. cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
+    compiled. float8: train with the products of the layers in float8 (`epigram.kernels.float8`); takes plain kernels.
+    cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
     checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between comparisons of all
@@ -164,6 +165,7 @@ class RunConfig:
     attention: str = "auto"
     kernels: str = "auto"
     compile: str = "auto"
+    float8: bool = False
     cuda_graphs: str = "auto"
     log_every: int = 100
     val_every: int = 0
@@ -204,6 +206,11 @@ class RunConfig:
             problems.append(
                 'kernels = "fused" leaves nothing to compile: with compile = "on" choose kernels = "plain", or set '
                 'compile = "auto"'
+            )
+        if self.float8 and self.kernels == "fused":
+            problems.append(
+                'float8 = true needs the plain kernels: with it choose kernels = "plain" or "auto", or set '
+                "float8 = false"
             )
         if self.val_tokens < 1:
             problems.append(f"val_tokens = {self.val_tokens} must be at least 1")

@@ -49,8 +49,8 @@ class GPT(nn.Module):
     """The window-attention, mixed-length transformer of parameter-golf #1212 and its ancestors.
 
     `compute_dtype` is the precision of activations and products (parameters stay float32); `kernels` computes the
-    operations; `attend` and `attend_window` are the attention backends of full and windowed layers. All are set from
-    outside.
+    operations, `training_kernels`, where there are such, those of the training loss; `attend` and `attend_window` are
+    the attention backends of full and windowed layers. All are set from outside.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,6 +58,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.kernels: Kernels = PLAIN
+        self.training_kernels: Kernels | None = None
         self.attend: Attend = sdpa_attend
         self.attend_window: Attend = sdpa_attend
         n, d = config.num_layers, config.model_dim
@@ -138,16 +139,17 @@ class GPT(nn.Module):
         tap: Tap | None = None,
         transform: BankTransform | None = None,
         last: int | None = None,
+        kernels: Kernels | None = None,
     ) -> Tensor:
         """Tokens (B, T) to normalised final states (B, T, D) in the compute precision.
 
         rope_len: the window length whose rotary base is used; T when not given. With a cache the tokens continue what
         the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
-        last layer need not compute for the others, it does not.
+        last layer need not compute for the others, it does not. kernels: instead of the model's own.
         """
         # The twins show every product's input, and are quicker with the few tokens of a generation.
         few = cache is not None and tokens.shape[1] < _FEW
-        kernels = PLAIN if few or tap is not None else self.kernels
+        kernels = PLAIN if few or tap is not None else kernels or self.kernels
         c, see = self.config, tap or _ignore
         value = self._value(tokens, kernels, see)
         kept = c.backout_layer if c.backout_layer < c.num_layers - 1 else -1  # the last layer needs no keeping
@@ -179,8 +181,9 @@ class GPT(nn.Module):
         transform: BankTransform | None = None,
     ) -> Tensor:
         """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`."""
-        x = self(tokens, transform=transform)
-        return self.kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
+        kernels = self.training_kernels or self.kernels
+        x = self(tokens, transform=transform, kernels=kernels)
+        return kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
 
     def nll(
         self,
