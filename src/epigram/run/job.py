@@ -17,6 +17,7 @@ from epigram.errors import UserError
 from epigram.model.gpt import GPT
 from epigram.optim.base import restore
 from epigram.run import checkpoint
+from epigram.run.adapt import Adaptation, OverTimeError, beside
 from epigram.run.budget import timed
 from epigram.run.export import over_budget, quantize
 from epigram.run.fit import pack_to_fit
@@ -196,6 +197,8 @@ def finish_run(
     model.load_state_dict(packed.gpt.state_dict())
     for name in config.score.methods:
         record.score("quantized", name, score(config.score.method(name)))
+    if config.score.adapt.kind != "none":
+        _score_adapting(config, model, losses, data, context, record)
     if config.run.sample_tokens and context.is_main:
         prompt = config.run.sample_prompt
         text = packed.generate(prompt, config.run.sample_tokens)
@@ -205,6 +208,34 @@ def finish_run(
         record.update(compressors=compressor_rows(data))
     if context.is_main:
         log_summary(record)
+
+
+def _score_adapting(
+    config: Config, model: GPT, losses: Losses, data: DataFolder, context: Context, record: RunRecord
+) -> None:
+    """The score of a model that learns meanwhile, in what the other scores left of the time; or why there is none."""
+    rows = record.result["scores"]["quantized"]
+    left_s = config.budget.score_s - sum(row["score_s"] for row in rows.values())
+    adaptation = Adaptation(
+        config=config.score.adapt,
+        model=model,
+        losses=losses,
+        context=context,
+        bos_id=data.tokenizer.bos_id,
+        limit_s=collectives.from_main(context, left_s),
+    )
+    size = config.score.batch_tokens
+    if nothing := config.score.adapt.nothing_learned(len(data.stream("val")) - 1):
+        record.log(f"warning: {nothing}")
+    try:
+        row = score_split(
+            losses, data, config.score.method("sliding"), context, batch_tokens=size, adaptation=adaptation
+        )
+    except OverTimeError as error:  # the run has its other scores; the limit is judged at its end
+        record.log(f"warning: {error}")
+        record.update(adapt_stopped=str(error))
+        return
+    record.score("quantized", adaptation.name, beside(row, rows["sliding"]))
 
 
 def _begin(session: Session, record: RunRecord) -> None:
