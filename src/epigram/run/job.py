@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from epigram.run.adapt import Adaptation, OverTimeError, beside
 from epigram.run.budget import timed
 from epigram.run.export import over_budget, quantize
 from epigram.run.fit import pack_to_fit
-from epigram.run.machine import environment, peak_memory_bytes
+from epigram.run.machine import computing, environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
 from epigram.run.setup import (
@@ -57,11 +57,13 @@ def run_job(
     until: str = "export",
     resume: Path | None = None,
     device: str = "auto",
+    warn: Callable[[Config], str | None] | None = None,
 ) -> dict[str, Any]:
     """Train a recipe and bring it to a scored artifact; returns the result that the run folder holds.
 
     data_path: None for the data of the run that is resumed, else for the text that every Python carries. until: "train"
-    stops after the last step. resume: a run folder to go on with; its own config counts then.
+    stops after the last step. resume: a run folder to go on with; its own config counts then. warn: what is wrong with
+    the config although it can be run, which the log then says.
     Raises UserError for what the user can mend; the run folder says how far it came. The result is empty in processes
     other than the first.
     """
@@ -75,6 +77,8 @@ def run_job(
         with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
             try:
                 _begin(session, record)
+                if warn is not None and context.is_main and (warning := warn(config)):
+                    record.log(f"warning: {warning}")
                 _train(session, record)
                 if until == "export":
                     finish_run(config, session.model, session.losses, data, context, record)
@@ -102,7 +106,7 @@ def export_job(
         model, compiled, paths = build_model(config, context, work)
         restore(model.state_dict(), final_weights(saved), "this model")
         with _record(out or _next_export(run, context), config, context) as record:
-            record.environment(environment(paths))
+            record.environment(environment(paths, **computing(context.device, context.world_size)))
             facts = {**saved.state["facts"], "data": str(data.path.resolve())}
             record.update(**facts, exported_from=str(run.resolve()), paths=paths)
             losses = scoring_losses(model, compiled, config.run.attention, context)
@@ -244,7 +248,8 @@ def _begin(session: Session, record: RunRecord) -> None:
         if record.writes:
             check_room(record.folder, config, state_of(session))
     record.result.clear()  # a run that is resumed has other results than it had
-    record.environment(environment(session.paths))
+    context = session.context
+    record.environment(environment(session.paths, **computing(context.device, context.world_size)))
     if record.writes:
         (record.folder / TOKENIZER).write_bytes(data.tokenizer.proto)
     for name, choice in session.paths.items():
