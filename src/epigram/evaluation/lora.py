@@ -21,9 +21,14 @@ _SEED = 0  # of the first factors, which are the same for every document
 
 
 class LoraLoss(Protocol):
-    """The model with adapters: (B, T) inputs and targets to the nats (B, last) of the last ones, with gradients."""
+    """The model with adapters: (B, T) inputs and targets to the nats (B, T), or (B, last) of the last ones.
 
-    def __call__(self, inputs: Tensor, targets: Tensor, /, *, rope_len: int, last: int, lora: Lora) -> Tensor: ...
+    Gradients are asked for without `last` only: not every attention backend has them for fewer queries than keys.
+    """
+
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, /, *, rope_len: int, lora: Lora, last: int | None = None
+    ) -> Tensor: ...
 
 
 class LoraAdapter:
@@ -92,9 +97,7 @@ class LoraAdapter:
             return
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._first[self._config.targets[0]].device)
         lora = self.factors(len(tokens))
-        nats = self._nll(
-            ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rope_len=self._seq_len, last=num_new, lora=lora
-        )
+        nats = self._nll(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rope_len=self._seq_len, lora=lora)
         self._optimizer.zero_grad(set_to_none=True)
-        nats.mean(dim=1).sum().backward()
+        nats[:, -num_new:].mean(dim=1).sum().backward()
         self._optimizer.step()
