@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,6 +19,7 @@ from cattrs.v import format_exception
 
 from epigram.data.lanes import Lane
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import AdaptConfig
 from epigram.evaluation.windows import EvalConfig
 from epigram.kernels.base import CHOICES as KERNELS
 from epigram.model.config import ModelConfig
@@ -297,6 +298,11 @@ class Config:
                 'floor = 0 has neither: set quant.grid.clip = "sigma", a floor, or artifact.over_cap = "fail"'
             )
 
+        if self.score.adapt.sgd.frozen_layers > self.model.num_layers:
+            yield (
+                f"score.adapt.sgd.frozen_layers = {self.score.adapt.sgd.frozen_layers} is more than the "
+                f"{self.model.num_layers} layers of the model"
+            )
         limits, layers = self.score.streaming.limits, self.model.num_layers
         if limits and len(limits) != layers:
             yield f"score.streaming.limits has {len(limits)} numbers, the model {layers} layers: give one for each"
@@ -406,6 +412,36 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
 def parse_model(tree: dict[str, Any]) -> ModelConfig:
     """A model's settings from plain values, as an artifact's header holds them; UserError as `parse_config`."""
     return _parse(tree, ModelConfig, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptScore:
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptTime:
+    score_s: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptSettings:
+    """What of a recipe concerns adaptation alone."""
+
+    score: _AdaptScore = _AdaptScore()
+    budget: _AdaptTime = _AdaptTime()
+
+
+def parse_adapt(kind: str, overrides: Sequence[str]) -> tuple[AdaptConfig, float]:
+    """Adaptation of a `kind`, its settings changed as a recipe's would be; and the seconds that scores may take.
+
+    Raises UserError for a change of anything but score.adapt and budget.score_s.
+    """
+    tree = override({"score": {"adapt": {"kind": kind}}}, overrides)
+    found = _parse(tree, _AdaptSettings, "--adapt: ")
+    if overrides and found.score.adapt.kind == "none":
+        raise UserError("--set changes settings of --adapt: say --adapt sgd or --adapt lora")
+    return found.score.adapt, found.budget.score_s
 
 
 def _parse(tree: dict[str, Any], kind: type[T], prefix: str) -> T:

@@ -8,13 +8,14 @@ Legend: B sequences, T positions, D model width, H query heads, K key/value head
 width of what is added to some layers' values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from epigram.kernels.heads import Attend, HeadCounts, Rotary, exclude_own_value, rotate
+from epigram.kernels.lora import LowRank, plus
 from epigram.kernels.residual import norm
 
 See = Callable[[str, Tensor], None]
@@ -31,7 +32,8 @@ class Layer(NamedTuple):
     besides (not the one before), and its coefficient (D,). qkv ((H + 2 K) d, D), out (D, H d), gain (H,), value
     (K d, E) or None. up (M, D), down (D, M). window: of attention, 0 for the whole prefix. exclude: XSA, see
     `exclude_own_value`.
-    attend: the attention backend. carry: (2,) factors on the stream in both residual sums, or None.
+    attend: the attention backend. carry: (2,) factors on the stream in both residual sums, or None. lora: what each row
+    of the batch adds by target, see `epigram.kernels.lora`.
     """
 
     own: Tensor | None
@@ -47,6 +49,7 @@ class Layer(NamedTuple):
     window: int
     exclude: bool
     carry: Tensor | None = None
+    lora: Mapping[str, LowRank] | None = None
 
 
 class Shape(NamedTuple):
@@ -98,7 +101,8 @@ def _attention(
     x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None, linear: Linear
 ) -> Tensor:
     h = norm(x)
-    q, k, v = shape.counts.split(linear(h, layer.qkv))
+    parts = shape.counts.split(linear(h, layer.qkv))
+    q, k, v = (plus(part, layer.lora, name, h) for part, name in zip(parts, "qkv", strict=True))
     if layer.value is not None:
         assert value is not None
         v = v + F.linear(value, layer.value).view(v.shape)
@@ -109,7 +113,7 @@ def _attention(
     if see is not None:
         see("qkv", h)
         see("out", z)
-    return _carried(x[:, start:], layer, 0) + linear(z, layer.out)
+    return plus(_carried(x[:, start:], layer, 0) + linear(z, layer.out), layer.lora, "out", h[:, start:])
 
 
 def _mlp(x: Tensor, layer: Layer, shape: Shape, see: See | None, linear: Linear) -> Tensor:
@@ -118,7 +122,7 @@ def _mlp(x: Tensor, layer: Layer, shape: Shape, see: See | None, linear: Linear)
     if see is not None:
         see("up", h)
         see("down", hidden)
-    return _carried(x, layer, 1) + linear(hidden, layer.down)
+    return plus(_carried(x, layer, 1) + linear(hidden, layer.down), layer.lora, "mlp", h)
 
 
 def leaky_square(x: Tensor, slope: float) -> Tensor:

@@ -237,11 +237,13 @@ class Losses:
     """The model's losses of tokens, for scoring, by the weights that it has when they are called.
 
     windows: of windows, compiled where the model is. stream: of a text that is read on; never compiled, since a chunk
-    is long enough to keep a device busy.
+    is long enough to keep a device busy. learning: the mean of windows, with gradients, as `GPT.loss`; compiled where
+    the model is. None for what cannot learn.
     """
 
     windows: TokenLoss
     stream: OpenStream
+    learning: Callable[..., Tensor] | None = None
 
     def of(self, method: Method) -> TokenLoss | OpenStream:
         """What `epigram.evaluation.scorer.score` needs for `method`."""
@@ -259,7 +261,8 @@ def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -
         cache = Cache(model.config, method.seq_len, limits=limits, attend=attend)
         return partial(model.nll, cache=cache)
 
-    return Losses(windows=compile_shapes(model.nll) if compiled else model.nll, stream=open_stream)
+    prepare = compile_shapes if compiled else lambda function: function
+    return Losses(windows=prepare(model.nll), stream=open_stream, learning=prepare(model.loss))
 
 
 def stream_attention(model: GPT, backend: str, context: Context) -> tuple[Attend, str]:
