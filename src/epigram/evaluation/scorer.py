@@ -25,6 +25,10 @@ Pace = Callable[[float], None]
 """Is told what share of the work is done, and may raise to end it."""
 
 
+class MiscountError(AssertionError):
+    """Tokens or bytes that were counted twice or not at all: a fault of the scorer, whoever uses it."""
+
+
 def score(
     nll: TokenLoss | OpenStream,
     tokens: NDArray[np.uint16],
@@ -89,7 +93,8 @@ def token_nlls(
             targets, nats = part.counted()
             found[targets] = nats
             np.add.at(times, targets, 1)
-    assert np.all(times == 1), "every token must be scored once"
+    if len(wrong := np.flatnonzero(times != 1)):
+        raise MiscountError(f"token {int(wrong[0]) + 1} is scored {int(times[wrong[0]])} times")
     return found
 
 
@@ -145,13 +150,15 @@ def sum_losses(
 def as_score(sums: Tensor, whole: tuple[int, int] | None) -> Score:
     """The score that nats, tokens and bytes (3,) make. whole: the tokens and bytes that it must have; None for a part.
 
-    Raises UserError when a loss is not a finite number.
+    Raises UserError when a loss is not a finite number, MiscountError when tokens or bytes are not those.
     """
     nats, tokens, num_bytes = sums.tolist()
     if not np.isfinite(nats):
         raise UserError(f"the model's loss is {nats}, so it has no score: its weights are damaged or training diverged")
     found = Score(nats, round(tokens), round(num_bytes))
     if whole is not None:
-        assert found.tokens == whole[0], "every token must be scored once"
-        assert found.bytes == whole[1], "every byte must be counted once"
+        if found.tokens != whole[0]:
+            raise MiscountError(f"{found.tokens:,} tokens are scored of {whole[0]:,}")
+        if found.bytes != whole[1]:
+            raise MiscountError(f"{found.bytes:,} bytes are counted of {whole[1]:,}")
     return found

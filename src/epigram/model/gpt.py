@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epigram.attention.base import Attend
+from epigram.attention.base import Attend, within
 from epigram.attention.sdpa import attend as sdpa_attend
 from epigram.kernels.base import PLAIN, Kernels
 from epigram.kernels.front import smear
@@ -20,6 +20,7 @@ from epigram.kernels.lora import Lora
 from epigram.kernels.trunk import Layer, Shape
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
+from epigram.model.documents import reach as reach_of
 from epigram.model.embeddings import BigramEmbedding, Skips, SmearGate, ValueEmbedding
 from epigram.model.rope import rotary_tables
 from epigram.roles import ParameterRole
@@ -155,10 +156,11 @@ class GPT(nn.Module):
         kernels = PLAIN if few or tap is not None or lora is not None else kernels or self.kernels
         c, see = self.config, tap or _ignore
         value = self._value(tokens, kernels, see)
+        reach = reach_of(tokens, c.bos_id, cache.reach if cache else None) if c.isolated else None
         kept = c.backout_layer if c.backout_layer < c.num_layers - 1 else -1  # the last layer needs no keeping
         x, backed = kernels.trunk(
             self._embed(tokens, kernels, cache, see),
-            self._layers(kernels, cache, transform, lora),
+            self._layers(kernels, cache, transform, lora, reach),
             value,
             self._shape(tokens, rope_len, cache),
             kept=kept,
@@ -166,7 +168,7 @@ class GPT(nn.Module):
             **({} if tap is None else {"see": tap}),
         )
         if cache is not None:
-            cache.advance(tokens)
+            cache.advance(tokens, reach)
         x = self._leave(x, backed, last, kernels)
         see("head", x)
         return x
@@ -224,10 +226,10 @@ class GPT(nn.Module):
             extra = F.linear(pair, (self.bigram.scale * self.bigram.proj).to(dtype))
         gate = torch.sigmoid(self.smear.gate) if self.config.smear else None
         if cache is None or gate is None:
-            return kernels.enter(tokens, self.embed, extra, gate, dtype)
+            return kernels.enter(tokens, self.embed, extra, gate, dtype, self.config.reset_id)
         x = kernels.enter(tokens, self.embed, extra, None, dtype)
         before, cache.previous_embedding = cache.previous_embedding, x[:, -1:]
-        return smear(x, gate, before)
+        return smear(x, gate, before, tokens == self.config.bos_id if self.config.isolated else None)
 
     def _value(self, tokens: Tensor, kernels: Kernels, see: Tap) -> Tensor | None:
         """(B, T, value_embed_dim): what some layers' values get on top, before their projections."""
@@ -238,11 +240,16 @@ class GPT(nn.Module):
         return value
 
     def _layers(
-        self, kernels: Kernels, cache: Cache | None, transform: BankTransform | None, lora: Lora | None
+        self,
+        kernels: Kernels,
+        cache: Cache | None,
+        transform: BankTransform | None,
+        lora: Lora | None,
+        reach: Tensor | None,
     ) -> list[Layer]:
         """What each layer is made of: a bank is converted to the compute precision once, then split.
 
-        The scales of a layer's input and outputs go into the rows of its matrices.
+        The scales of a layer's input and outputs go into the rows of its matrices. reach: of isolated documents.
         """
         c = self.config
         depth = self._depth_scale() if c.depth_scale else None
@@ -256,9 +263,12 @@ class GPT(nn.Module):
         values = self.value_embed.projections(self.compute_dtype) if c.value_embed_layers else {}
         gains = self.q_gain.unbind(0)
         carries = self.resid_lambda.unbind(0) if c.residual_lambdas else None
+        full, windowed = self._backends(cache, reach)
         layers = []
         for i, (own, first, skip) in enumerate(self._mixes()):
-            attend, window = self._attention(i, cache)
+            window = c.layer_window(i) if cache is None else cache.windows[i]
+            attend = windowed if c.layer_window(i) else full
+            attend = attend if cache is None else _remembering(attend, cache, i)
             layers.append(
                 Layer(
                     own=own,
@@ -304,13 +314,13 @@ class GPT(nn.Module):
                     mixes[half] = (own + skip, firsts[half], None)
         return mixes
 
-    def _attention(self, layer: int, cache: Cache | None) -> tuple[Attend, int]:
-        """The backend of a layer and its window; with a cache, over all that the cache holds."""
-        window = self.config.layer_window(layer)
-        attend = self.attend_window if window else self.attend
-        if cache is None:
-            return attend, window
-        return _remembering(cache.attend or attend, cache, layer), cache.windows[layer]
+    def _backends(self, cache: Cache | None, reach: Tensor | None) -> tuple[Attend, Attend]:
+        """Attention of full and of windowed layers, within documents if `reach` is given."""
+        own = None if cache is None else cache.attend
+        full, windowed = own or self.attend, own or self.attend_window
+        first = within(full, reach)
+        # One backend makes of `reach` what it needs once for all layers.
+        return first, first if full is windowed else within(windowed, reach)
 
     def _leave(self, x: Tensor, backed: Tensor | None, last: int | None, kernels: Kernels) -> Tensor:
         """The normalised final states."""

@@ -134,7 +134,14 @@ def score_model(
             method = _method(name, seq_len, stride, streaming)
             if with_probes:
                 findings[name] = probe(
-                    losses, data, method, context, dtype=model.gpt.compute_dtype, batch_tokens=size, split=split
+                    losses,
+                    data,
+                    method,
+                    context,
+                    dtype=model.gpt.compute_dtype,
+                    batch_tokens=size,
+                    split=split,
+                    isolated=model.gpt.config.isolated,
                 )
                 _print_findings(name, findings[name], context)
             rows[name] = score_one(method)

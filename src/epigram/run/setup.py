@@ -194,12 +194,28 @@ def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) ->
     kernels, compile_: as in `RunConfig`. The model's precision must be set.
     """
     dims = Dims(widths=_widths(model.config), dtype=model.compute_dtype, carries=model.config.residual_lambdas)
-    name = "plain" if compile_ == "on" else kernels
+    reason = _why_rather_compiled(model, context) if (kernels, compile_) == ("auto", "auto") else None
+    name = "plain" if compile_ == "on" or reason else kernels
     model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
     if model.kernels is not PLAIN:
         return False, {"kernels": model.kernels.name, "compile": "off: the kernels are fused by hand"}
     compiled = should_compile(compile_, context)
-    return compiled, {"kernels": model.kernels.name, "compile": "on" if compiled else "off"}
+    words = f"{model.kernels.name} ({reason})" if reason else model.kernels.name
+    return compiled, {"kernels": words, "compile": "on" if compiled else "off"}
+
+
+def _why_rather_compiled(model: GPT, context: Context) -> str | None:
+    """Why torch.compile is the better choice here although kernels are there, in a sentence; None where it is not.
+
+    Fused kernels run uncompiled. For isolated documents that leaves the FlashAttention backends, or else sdpa, whose
+    masks are written out; flex skips what a mask hides, but needs the compiler.
+    """
+    if not model.config.isolated or context.device.type != "cuda" or not should_compile("auto", context):
+        return None
+    free, compiled = (candidates(attention_request(model, context, compiled=compiled))[0] for compiled in (False, True))
+    if free == compiled:
+        return None
+    return f"documents are isolated, for which {compiled} is better than {free}, and it needs a compiled model"
 
 
 def attach_float8(model: GPT, context: Context) -> dict[str, str]:
@@ -322,6 +338,7 @@ def attention_request(model: GPT, context: Context, compiled: bool, backward: bo
         window=0,
         compiled=compiled,
         backward=backward,
+        documents=c.isolated,
     )
 
 
@@ -373,13 +390,29 @@ def bank_transform(model: GPT, config: Config) -> BankTransform:
 
 
 def check_fit(config: Config, data: DataFolder) -> None:
-    """Raises UserError when the data's vocabulary is not the model's."""
+    """Raises UserError when the data's vocabulary is not the model's, or its documents cannot be told apart."""
     found = data.tokenizer.vocab_size
     if found != config.model.vocab_size:
         raise UserError(
             f"the data has a vocabulary of {found}, the recipe {config.model.vocab_size}: "
             f"set model.vocab_size={found}, or build the data with --vocab-size {config.model.vocab_size}"
         )
+    check_documents(config.model, data.tokenizer.bos_id)
+
+
+def check_documents(model: ModelConfig, bos_id: int) -> None:
+    """Raises UserError when documents are to be isolated that begin with another token, or with none (bos_id < 0)."""
+    if not model.isolated or bos_id == model.bos_id:
+        return
+    if bos_id < 0:
+        raise UserError(
+            'model.documents = "isolated" needs documents that begin with a BOS, and the tokenizer has none: set '
+            "model.documents=joined"
+        )
+    raise UserError(
+        f"documents begin with token {bos_id} by the tokenizer, with token {model.bos_id} by the model, which isolates "
+        f"them: set model.bos_id={bos_id}"
+    )
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
