@@ -1,5 +1,6 @@
 """A whole model with fused kernels against the same one with plain kernels: loss, every gradient, and nats."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -105,32 +106,35 @@ def scored(
         return {"nats": model.nll(tokens[:, :-1], tokens[:, 1:], rope_len=40, last=last)}
 
 
-def check(model: GPT, place: Place, kernels: list[Kernels], run) -> None:
+def check(model: GPT, place: Place, kernels: list[Kernels], run, batches: Sequence[Tensor]) -> None:
     """`run` of this model by each of the kernels, against the plain ones in the same precision and in float64."""
-    exact = _joined(run(model, kernels=PLAIN, dtype=torch.float64))
-    plain = _joined(run(model, kernels=PLAIN, dtype=place.dtype))
+    exact = _joined([run(model, batch, PLAIN, torch.float64) for batch in batches])
+    plain = _joined([run(model, batch, PLAIN, place.dtype) for batch in batches])
     for fused in kernels:
-        found = _joined(run(model, kernels=fused, dtype=place.dtype))
+        found = _joined([run(model, batch, fused, place.dtype) for batch in batches])
         assert_as_good(found, plain, exact, LAYERS * FLOOR[place.dtype])
 
 
-def _joined(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of single numbers as one vector.
+def _joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Results of all batches, gradients of single numbers as one vector.
 
-    Each is a sum over all tokens of which little is left, and the error of one such sum is chance.
+    Each is a sum over all tokens of which little is left, sometimes a tenth of what other batches leave; the error of
+    one such sum is chance.
     """
-    single = [name for name, tensor in results.items() if tensor.numel() < 8 and name not in ("loss", "nats")]
-    joined = {name: tensor for name, tensor in results.items() if name not in single}
-    return joined | {"numbers": torch.cat([results[name].reshape(-1) for name in single])} if single else joined
+    single = [name for name, tensor in results[0].items() if tensor.numel() < 8 and name not in ("loss", "nats")]
+    numbers = [result[name].reshape(-1) for result in results for name in single]
+    joined = {f"{k} {i}": tensor for i, result in enumerate(results) for k, tensor in result.items() if k not in single}
+    return joined | {"numbers": torch.cat(numbers)} if single else joined
 
 
 @BEST_PRECISION
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_technique(place: Place, name: str, monkeypatch):
     model = model_of(replace(TINY, **VARIANTS[name]), place)
-    tokens = place.tokens(50, 2, 22)
-    tokens[:, [5, 9, 10]] = 7  # begins a document where documents are isolated
-    check(model, place, kernels_here(place, monkeypatch), partial(trained, tokens=tokens))
+    batches = [place.tokens(50, 2, 22, seed=seed) for seed in range(2)]
+    for tokens in batches:
+        tokens[:, [5, 9, 10]] = 7  # begins a document where documents are isolated
+    check(model, place, kernels_here(place, monkeypatch), trained, batches)
 
 
 def published(place: Place) -> ModelConfig:
@@ -149,15 +153,15 @@ def batch(place: Place, config: ModelConfig) -> Tensor:
 
 def test_training(place: Place, monkeypatch):
     model = model_of(published(place), place)
-    check(model, place, kernels_here(place, monkeypatch), partial(trained, tokens=batch(place, model.config)))
+    check(model, place, kernels_here(place, monkeypatch), trained, [batch(place, model.config)])
 
 
 @BEST_PRECISION
 def test_training_on_the_grid_of_the_export(place: Place, monkeypatch):
     """Banks pass through a transform first."""
     model = model_of(published(place), place)
-    run = partial(trained, tokens=batch(place, model.config), transform=lambda _, bank: 0.5 * bank.sin())
-    check(model, place, kernels_here(place, monkeypatch), run)
+    run = partial(trained, transform=lambda _, bank: 0.5 * bank.sin())
+    check(model, place, kernels_here(place, monkeypatch), run, [batch(place, model.config)])
 
 
 @BEST_PRECISION
@@ -166,7 +170,7 @@ def test_scoring(place: Place, last: int | None, backout: int, monkeypatch):
     """Of all positions, and of the last ones only."""
     model = model_of(replace(published(place), backout_layer=backout), place)
     tokens = batch(place, model.config)
-    check(model, place, kernels_here(place, monkeypatch), partial(scored, tokens=tokens, last=last))
+    check(model, place, kernels_here(place, monkeypatch), partial(scored, last=last), [tokens])
     if last is not None:
         dense, found = (scored(model, tokens, PLAIN, torch.float64, end)["nats"] for end in (None, last))
         torch.testing.assert_close(found, dense[:, -last:], rtol=1e-5, atol=0)
@@ -182,7 +186,7 @@ def test_streaming(place: Place, documents: str, monkeypatch):
     tokens[:, [3, 7, 8, 15]] = 7
     model.attend_window = model.attend = sdpa.attend
 
-    def streamed(model: GPT, kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
+    def streamed(model: GPT, tokens: Tensor, kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
         model.kernels, model.compute_dtype = kernels, dtype
         cache = Cache(model.config, 9 if not place.is_large else 300)
         pieces = [x.split(tokens.shape[1] // 3, dim=1) for x in (tokens[:, :-1], tokens[:, 1:])]
@@ -190,7 +194,7 @@ def test_streaming(place: Place, documents: str, monkeypatch):
             found = [model.nll(*chunk, cache=cache) for chunk in zip(*pieces, strict=True)]
         return {"nats": torch.cat(found, dim=1)}
 
-    check(model, place, kernels_here(place, monkeypatch), streamed)
+    check(model, place, kernels_here(place, monkeypatch), streamed, [tokens])
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

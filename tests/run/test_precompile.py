@@ -1,6 +1,7 @@
 """What a run's kernels are compiled with beforehand, on a machine that has none of the libraries: with stand-ins."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,10 @@ def test_it_is_done_once(tmp_path: Path, monkeypatch):
     assert precompile(SMALL, "triton", context, tmp_path) is not None
     assert sorted(name for share in shares for name in share) == sorted(tasks(SMALL, CPU))
     assert precompile(SMALL, "triton", context, tmp_path) is None
+    for same in ({"qk_gain": 5.0}, {"window": 3}, {"xsa_layers": (0,)}, {"rotary_scaling": "none"}):
+        assert precompile(replace(SMALL, **same), "triton", context, tmp_path) is None, same
+    for other in ({"mlp_dim": 64}, {"window": 0, "window_layers": ()}, {"skips": "none"}, {"num_kv_heads": 4}):
+        assert precompile(replace(SMALL, **other), "triton", context, tmp_path) is not None, other
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert precompile(SMALL, "triton", context, tmp_path) is not None
 

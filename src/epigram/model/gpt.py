@@ -16,6 +16,7 @@ from epigram.kernels.base import PLAIN, Kernels
 from epigram.kernels.front import smear
 from epigram.kernels.head import tied_logits
 from epigram.kernels.heads import HeadCounts
+from epigram.kernels.lora import Lora
 from epigram.kernels.trunk import Layer, Shape
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
@@ -50,8 +51,8 @@ class GPT(nn.Module):
     """The window-attention, mixed-length transformer of parameter-golf #1212 and its ancestors.
 
     `compute_dtype` is the precision of activations and products (parameters stay float32); `kernels` computes the
-    operations; `attend` and `attend_window` are the attention backends of full and windowed layers. All are set from
-    outside.
+    operations, `training_kernels`, where there are such, those of the training loss; `attend` and `attend_window` are
+    the attention backends of full and windowed layers. All are set from outside.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,6 +60,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.kernels: Kernels = PLAIN
+        self.training_kernels: Kernels | None = None
         self.attend: Attend = sdpa_attend
         self.attend_window: Attend = sdpa_attend
         n, d = config.num_layers, config.model_dim
@@ -139,23 +141,26 @@ class GPT(nn.Module):
         tap: Tap | None = None,
         transform: BankTransform | None = None,
         last: int | None = None,
+        kernels: Kernels | None = None,
+        lora: Lora | None = None,
     ) -> Tensor:
         """Tokens (B, T) to normalised final states (B, T, D) in the compute precision.
 
         rope_len: the window length whose rotary base is used; T when not given. With a cache the tokens continue what
         the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
-        last layer need not compute for the others, it does not.
+        last layer need not compute for the others, it does not. kernels: instead of the model's own. lora: what each
+        row's own adapters add in the layers.
         """
         # The twins show every product's input, and are quicker with the few tokens of a generation.
         few = cache is not None and tokens.shape[1] < _FEW
-        kernels = PLAIN if few or tap is not None else self.kernels
+        kernels = PLAIN if few or tap is not None or lora is not None else kernels or self.kernels
         c, see = self.config, tap or _ignore
         value = self._value(tokens, kernels, see)
         reach = reach_of(tokens, c.bos_id, cache.reach if cache else None) if c.isolated else None
         kept = c.backout_layer if c.backout_layer < c.num_layers - 1 else -1  # the last layer needs no keeping
         x, backed = kernels.trunk(
             self._embed(tokens, kernels, cache, see),
-            self._layers(kernels, cache, transform, reach),
+            self._layers(kernels, cache, transform, lora, reach),
             value,
             self._shape(tokens, rope_len, cache),
             kept=kept,
@@ -179,10 +184,12 @@ class GPT(nn.Module):
         gamma: Tensor | None = None,
         floor: float = 0.0,
         transform: BankTransform | None = None,
+        rope_len: int | None = None,
     ) -> Tensor:
-        """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`."""
-        x = self(tokens, transform=transform)
-        return self.kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
+        """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`. rope_len: as in `forward`."""
+        kernels = self.training_kernels or self.kernels
+        x = self(tokens, transform=transform, rope_len=rope_len, kernels=kernels)
+        return kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
 
     def nll(
         self,
@@ -191,13 +198,16 @@ class GPT(nn.Module):
         rope_len: int | None = None,
         last: int | None = None,
         cache: Cache | None = None,
+        lora: Lora | None = None,
     ) -> Tensor:
         """Nats of each target, (B, T) float32; of the last ones only, (B, last), when `last` is given.
 
-        With a cache the tokens continue what it holds, see `forward`.
+        With a cache the tokens continue what it holds, see `forward`. lora: what each row's own adapters add.
         """
-        x = self(tokens, rope_len=rope_len, last=last, cache=cache)
+        x = self(tokens, rope_len=rope_len, last=last, cache=cache, lora=lora)
         targets = targets if last is None else targets[:, -last:]
+        if lora is not None:
+            return PLAIN.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap, lora.head)
         return self.kernels.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap)
 
     def _shape(self, tokens: Tensor, rope_len: int | None, cache: Cache | None) -> Shape:
@@ -230,7 +240,12 @@ class GPT(nn.Module):
         return value
 
     def _layers(
-        self, kernels: Kernels, cache: Cache | None, transform: BankTransform | None, reach: Tensor | None
+        self,
+        kernels: Kernels,
+        cache: Cache | None,
+        transform: BankTransform | None,
+        lora: Lora | None,
+        reach: Tensor | None,
     ) -> list[Layer]:
         """What each layer is made of: a bank is converted to the compute precision once, then split.
 
@@ -269,6 +284,7 @@ class GPT(nn.Module):
                     window=window,
                     exclude=i in c.xsa_layers,
                     carry=carries[i] if carries else None,
+                    lora=lora.layers[i] if lora else None,
                 )
             )
         return layers

@@ -53,6 +53,7 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
         "step_ms": step_ms(plan, sent) if measured else None,
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": _flops(config),
+        "float8": config.run.float8,
         "schedule": _curve(config),
     }
 
@@ -143,6 +144,8 @@ def print_description(description: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
         console.print(table)
+    if description["float8"]:
+        console.print("trains with the products of the layers in float8 (run.float8)")
     if description["step_ms"] is not None:
         console.print(
             f"slowest process's lanes and messages: {description['step_ms']:.2f} ms a step, without the update"

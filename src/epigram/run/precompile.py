@@ -115,7 +115,7 @@ def _last_words(worker: "subprocess.Popen[str]") -> str:
 
 def _key(model: ModelConfig, gpu: str) -> str:
     """Of a mark: whatever decides which kernels there are and where they lie."""
-    facts: list[Any] = [gpu, sorted(vars(model).items()), [os.environ.get(name) for name in _FOLDERS], _LENGTH]
+    facts: list[Any] = [gpu, _shape(model), [os.environ.get(name) for name in _FOLDERS], _LENGTH]
     for name in _LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             facts.append((name, metadata.version(name)))
@@ -123,6 +123,13 @@ def _key(model: ModelConfig, gpu: str) -> str:
     assert source is not None
     facts.append(hashlib.sha256(Path(source).read_bytes()).hexdigest())
     return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _shape(c: ModelConfig) -> list[Any]:
+    """What decides which kernels a model calls: another gain, rotation or length of window needs no other ones (whether
+    there is a window does; how long it is, flash-attn-4 is told in the call), so no processes either."""
+    widths = (c.num_heads, c.num_kv_heads, c.head_dim, c.model_dim, c.mlp_dim)
+    return [widths, c.mlp_slope, bool(c.window_layers), c.skips != "none"]
 
 
 def tasks(model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Task]:

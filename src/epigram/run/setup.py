@@ -22,7 +22,8 @@ from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
 from epigram.evaluation.windows import Method
-from epigram.kernels.base import PLAIN
+from epigram.kernels import float8
+from epigram.kernels.base import FLOAT8, PLAIN
 from epigram.kernels.base import choose as choose_kernels
 from epigram.kernels.products.base import Dims
 from epigram.model.cache import Cache
@@ -176,7 +177,11 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
-    compiled, chosen = attach_kernels(model, config.run.kernels, config.run.compile, context)
+    in_float8 = config.run.float8 and work.backward  # what only scores computes as ever
+    kernels = "plain" if in_float8 else config.run.kernels
+    compiled, chosen = attach_kernels(model, kernels, config.run.compile, context)
+    if in_float8:
+        paths |= attach_float8(model, context)
     seconds = precompile(config.model, model.kernels.products, context)
     if seconds is not None:
         paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"
@@ -188,9 +193,7 @@ def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) ->
 
     kernels, compile_: as in `RunConfig`. The model's precision must be set.
     """
-    c = model.config
-    widths = (c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim)
-    dims = Dims(widths=widths, dtype=model.compute_dtype, carries=c.residual_lambdas)
+    dims = Dims(widths=_widths(model.config), dtype=model.compute_dtype, carries=model.config.residual_lambdas)
     reason = _why_rather_compiled(model, context) if (kernels, compile_) == ("auto", "auto") else None
     name = "plain" if compile_ == "on" or reason else kernels
     model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
@@ -215,6 +218,24 @@ def _why_rather_compiled(model: GPT, context: Context) -> str | None:
     return f"documents are isolated, for which {compiled} is better than {free}, and it needs a compiled model"
 
 
+def attach_float8(model: GPT, context: Context) -> dict[str, str]:
+    """Let the model's training loss multiply in float8; returns that in words. The model's precision must be set.
+
+    Raises UserError where it cannot.
+    """
+    device_type, dtype = context.device.type, str(model.compute_dtype).removeprefix("torch.")
+    if reason := float8.why_not(device_type, context.capability, _widths(model.config)):
+        raise UserError(f"run.float8 = true cannot be used here: {reason}; set run.float8=false")
+    model.training_kernels = FLOAT8
+    how = "" if device_type == "cuda" else f", rounded to it and multiplied in {dtype}: slower than without"
+    return {"products of layers in training": f"float8{how}"}
+
+
+def _widths(c: ModelConfig) -> tuple[int, ...]:
+    """Rows and columns of the matrices of a layer, and of the parts of q, k and v."""
+    return c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim
+
+
 def should_capture(setting: str, model: GPT, context: Context) -> bool:
     """Whether lanes are recorded as CUDA graphs. Raises UserError when that is asked for in vain."""
     reason = None
@@ -232,11 +253,13 @@ class Losses:
     """The model's losses of tokens, for scoring, by the weights that it has when they are called.
 
     windows: of windows, compiled where the model is. stream: of a text that is read on; never compiled, since a chunk
-    is long enough to keep a device busy.
+    is long enough to keep a device busy. learning: the mean of windows, with gradients, as `GPT.loss`; compiled where
+    the model is. None for what cannot learn.
     """
 
     windows: TokenLoss
     stream: OpenStream
+    learning: Callable[..., Tensor] | None = None
 
     def of(self, method: Method) -> TokenLoss | OpenStream:
         """What `epigram.evaluation.scorer.score` needs for `method`."""
@@ -254,7 +277,8 @@ def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -
         cache = Cache(model.config, method.seq_len, limits=limits, attend=attend)
         return partial(model.nll, cache=cache)
 
-    return Losses(windows=compile_shapes(model.nll) if compiled else model.nll, stream=open_stream)
+    prepare = compile_shapes if compiled else lambda function: function
+    return Losses(windows=prepare(model.nll), stream=open_stream, learning=prepare(model.loss))
 
 
 def stream_attention(model: GPT, backend: str, context: Context) -> tuple[Attend, str]:

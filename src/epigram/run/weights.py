@@ -110,10 +110,12 @@ def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None) 
     return _ready(model, context, _needed(tokenizer, path), config.context_len, info, transform)
 
 
-def final_weights(saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
-    """The averaged weights of a checkpoint, or the plain ones where the run does not average."""
-    averaged = saved.part("average.average")
-    return averaged or saved.part("model")
+def final_weights(saved: checkpoint.Checkpoint, *, averaged: bool = True) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint, or the plain ones where the run does not average.
+
+    averaged: False for the plain ones in any case.
+    """
+    return (averaged and saved.part("average.average")) or saved.part("model")
 
 
 def _needed(tokenizer: Tokenizer | None, path: Path) -> Tokenizer:

@@ -30,6 +30,17 @@ def _turn(x, partner, cos, sin, columns, HALF: tl.constexpr, BACK: tl.constexpr)
 
 
 @triton.jit
+def _split(num_rows, length, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Of the rows of this program: token, head, position of the token in its sequence, whether there is such a row.
+
+    Divided as 32-bit numbers by a constant: in 64 bits the divisions took longer than all the rest of these kernels.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tokens = rows // HEADS
+    return tokens.to(tl.int64), rows % HEADS, tokens % length, rows < num_rows
+
+
+@triton.jit
 def _angles(cos_table, sin_table, positions, columns, mask, HALF: tl.constexpr):
     turned = mask & (columns < 2 * HALF)[None, :]
     at = positions[:, None] * HALF + (columns % HALF)[None, :]
@@ -40,34 +51,33 @@ def _angles(cos_table, sin_table, positions, columns, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _turn_kernel(
-    packed, cos_table, sin_table, gain, rstd_out, out, num_rows, length, num_heads, first, num_turned, stride,
-    out_stride, head_dim,
-    eps: tl.constexpr, TURN: tl.constexpr, GAIN: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    packed, cos_table, sin_table, gain, rstd_out, out, num_rows, length, first, num_turned, stride, out_stride,
+    head_dim,
+    eps: tl.constexpr, TURN: tl.constexpr, GAIN: tl.constexpr, IN_PLACE: tl.constexpr, COPIES: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Heads `first` to first + num_heads of the packed tensor: normalised and turned (TURN), or as they are.
+    """Heads `first` to first + HEADS of the packed tensor: normalised and turned (TURN), or as they are.
 
-    out gets each head COPIES times side by side; it may be where the head itself lies.
+    out gets each head COPIES times side by side; IN_PLACE, it is where the head itself lies.
     """
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
-    inside = rows < num_rows
+    tokens, heads, positions, inside = _split(num_rows, length, HEADS, ROWS)
     mask = inside[:, None] & (columns < head_dim)[None, :]
-    tokens, heads = rows // num_heads, rows % num_heads
     base = packed + (tokens * stride + (first + heads) * head_dim)[:, None]
     x = tl.load(base + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if TURN:
         rstd = tl.rsqrt(tl.sum(x * x, 1) / head_dim + eps)
         x *= rstd[:, None]
         if HALF > 0:
-            cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
+            cos, sin, turned = _angles(cos_table, sin_table, positions, columns, mask, HALF)
             other = tl.where(columns < HALF, columns + HALF, columns - HALF)
             partner = tl.load(base + other[None, :], mask=turned, other=0.0).to(tl.float32) * rstd[:, None]
             x = _turn(x, partner, cos, sin, columns, HALF, False)
         tl.store(rstd_out + tokens * num_turned + first + heads, rstd, mask=inside)
     if GAIN:
         x *= tl.load(gain + heads, mask=inside, other=1.0).to(tl.float32)[:, None]
-    tl.debug_barrier()  # every partner is read before anything is overwritten
+    if IN_PLACE:
+        tl.debug_barrier()  # every partner is read before anything is overwritten
     for copy in tl.static_range(COPIES):
         to = out + (tokens * out_stride + (heads * COPIES + copy) * head_dim)[:, None] + columns[None, :]
         tl.store(to, x.to(out.dtype.element_ty), mask=mask)
@@ -83,20 +93,19 @@ def _sum_of_copies(source, at, mask, head_dim, COPIES: tl.constexpr):
 
 @triton.jit
 def _turn_back_kernel(
-    grad_in, views, cos_table, sin_table, gain, rstd_heads, rstd_rows, out, dots, num_rows, length, num_heads, first,
-    num_turned, stride, grad_stride, view_stride, head_dim,
-    GAIN: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad_in, views, cos_table, sin_table, gain, rstd_heads, rstd_rows, out, dots, num_rows, length, first, num_turned,
+    stride, grad_stride, view_stride, head_dim,
+    GAIN: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Heads `first` to first + num_heads of the packed tensor, queries (with a gain) or keys.
+    """Heads `first` to first + HEADS of the packed tensor, queries (with a gain) or keys.
 
     views: finished heads, and grad_in their gradients, each COPIES times side by side. out gets rstd_rows (of the
     token) times the gradient of the product, dots the gradient times the head before its gain.
     """
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
-    inside = rows < num_rows
+    tokens, heads, positions, inside = _split(num_rows, length, HEADS, ROWS)
     mask = inside[:, None] & (columns < head_dim)[None, :]
-    tokens, heads = rows // num_heads, rows % num_heads
     seen = views + (tokens * view_stride + heads * COPIES * head_dim)[:, None]
     source = grad_in + (tokens * grad_stride + heads * COPIES * head_dim)[:, None]
     scale = tl.load(rstd_heads + tokens * num_turned + first + heads, mask=inside, other=0.0)
@@ -109,14 +118,14 @@ def _turn_back_kernel(
         inverse = tl.where(factor == 0.0, 0.0, 1.0 / factor)[:, None]
         view *= inverse
         dot = tl.sum(grad * view, 1)
-        tl.store(dots + rows, dot, mask=inside)
+        tl.store(dots + tokens * HEADS + heads, dot, mask=inside)
         grad *= factor[:, None]
         dot = (dot * factor / head_dim)[:, None]
     else:
         dot = (tl.sum(grad * view, 1) / head_dim)[:, None]
     x = grad - view * dot
     if HALF > 0:
-        cos, sin, turned = _angles(cos_table, sin_table, tokens % length, columns, mask, HALF)
+        cos, sin, turned = _angles(cos_table, sin_table, positions, columns, mask, HALF)
         at = tl.where(columns < HALF, columns + HALF, columns - HALF)[None, :]
         grad = _sum_of_copies(source, at, turned, head_dim, COPIES)
         view = tl.load(seen + at, mask=turned, other=0.0).to(tl.float32)
@@ -131,8 +140,9 @@ def _turn_back_kernel(
 @triton.jit
 def _value_back_kernel(
     grad_in, grad_more, values, extra, rstd, out, total_out, sums, num_rows, width, stride, grad_stride, value_stride,
-    first, head_dim,
-    COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    first,
+    HEAD_DIM: tl.constexpr, COPIES: tl.constexpr, MORE: tl.constexpr, EXTRA: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rows are tokens, columns the values of all heads. sums: gradient times the values that come from the product."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -142,8 +152,8 @@ def _value_back_kernel(
     own = rows[:, None] * width + columns[None, :]
     at = rows[:, None] * stride + first + columns[None, :]
     source = grad_in + rows[:, None] * grad_stride
-    spread = columns // head_dim * (COPIES * head_dim) + columns % head_dim
-    grad = _sum_of_copies(source, spread[None, :], mask, head_dim, COPIES)
+    spread = columns // HEAD_DIM * (COPIES * HEAD_DIM) + columns % HEAD_DIM
+    grad = _sum_of_copies(source, spread[None, :], mask, HEAD_DIM, COPIES)
     if MORE:
         grad += tl.load(grad_more + own, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(values + rows[:, None] * value_stride + spread[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -157,17 +167,16 @@ def _value_back_kernel(
 
 @triton.jit
 def _exclude_kernel(
-    z, v, out, num_rows, num_heads, groups, head_dim, v_stride, v_step,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    z, v, out, num_rows, head_dim, v_stride, v_step,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
-    mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
-    tokens, heads = rows // num_heads, rows % num_heads
-    own = (tokens * v_stride + heads // groups * v_step)[:, None] + columns[None, :]
+    tokens, heads, _, inside = _split(num_rows, 1, HEADS, ROWS)
+    mask = inside[:, None] & (columns < head_dim)[None, :]
+    own = (tokens * v_stride + heads // GROUPS * v_step)[:, None] + columns[None, :]
     value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
     value *= (1.0 / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12))[:, None]
-    at = (rows * head_dim)[:, None] + columns[None, :]
+    at = ((tokens * HEADS + heads) * head_dim)[:, None] + columns[None, :]
     x = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
     x -= tl.sum(x * value, 1)[:, None] * value
     tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
@@ -175,14 +184,15 @@ def _exclude_kernel(
 
 @triton.jit
 def _exclude_backward_kernel(
-    grad_out, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v_stride, v_step,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad_out, z, v, dz, dv, num_rows, head_dim, v_stride, v_step,
+    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A row is one key/value head of one token, with the GROUPS query heads that read it."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
-    mask = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
-    own = (rows // num_kv_heads * v_stride + rows % num_kv_heads * v_step)[:, None] + columns[None, :]
+    tokens, heads, _, inside = _split(num_rows, 1, KV_HEADS, ROWS)
+    rows = tokens * KV_HEADS + heads
+    mask = inside[:, None] & (columns < head_dim)[None, :]
+    own = (tokens * v_stride + heads * v_step)[:, None] + columns[None, :]
     value = tl.load(v + own, mask=mask, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(value * value, 1))
     inverse = 1.0 / tl.maximum(length, 1e-12)
@@ -218,9 +228,9 @@ def _finish_heads(
     def finish(out: Tensor, first: int, count: int, copies: int, turn: bool) -> None:
         num_rows = batch * length * count
         _turn_kernel[(triton.cdiv(num_rows, rows),)](
-            packed, cos, sin, gain, rstd, out, num_rows, length, count, first, num_turned, stride, out.stride(1),
-            head_dim, eps=NORM_EPS, TURN=turn, GAIN=first == 0, COPIES=copies, HALF=_half(rotary), ROWS=rows,
-            WIDTH=wide, num_warps=4,
+            packed, cos, sin, gain, rstd, out, num_rows, length, first, num_turned, stride, out.stride(1), head_dim,
+            eps=NORM_EPS, TURN=turn, GAIN=first == 0, IN_PLACE=not spread, COPIES=copies, HALF=_half(rotary),
+            HEADS=count, ROWS=rows, WIDTH=wide, num_warps=4,
         )  # fmt: skip
 
     q, k, v = counts.split(packed)
@@ -251,9 +261,9 @@ def _turn_back(
     for grad, view, first, count in parts:
         num_rows = batch * length * count
         _turn_back_kernel[(triton.cdiv(num_rows, rows),)](
-            grad, view, cos, sin, gain, rstd_heads, rstd, out, dots, num_rows, length, count, first,
+            grad, view, cos, sin, gain, rstd_heads, rstd, out, dots, num_rows, length, first,
             num_heads + num_kv_heads, stride, grad.stride(1), view.stride(1), head_dim, GAIN=first == 0,
-            COPIES=grad.shape[2] // count, HALF=_half(rotary), ROWS=rows, WIDTH=wide, num_warps=4,
+            COPIES=grad.shape[2] // count, HALF=_half(rotary), HEADS=count, ROWS=rows, WIDTH=wide, num_warps=4,
         )  # fmt: skip
     return dots.sum(0)
 
@@ -270,7 +280,7 @@ def _value_back(
     rows, wide = tile(width)
     _value_back_kernel[(triton.cdiv(num_rows, rows),)](
         grad, more, v, extra, rstd, out, total, sums, num_rows, width, stride, grad.stride(1), v.stride(1),
-        stride - width, counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None,
+        stride - width, HEAD_DIM=counts.head_dim, COPIES=grad.shape[2] // counts.num_kv_heads, MORE=more is not None,
         EXTRA=extra is not None, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return sums, total
@@ -282,19 +292,9 @@ def _exclude(z: Tensor, v: Tensor) -> Tensor:
     num_rows = z.numel() // head_dim
     out = torch.empty_like(z)
     _exclude_kernel[(triton.cdiv(num_rows, rows),)](
-        z,
-        v,
-        out,
-        num_rows,
-        num_heads,
-        num_heads // v.shape[-2],
-        head_dim,
-        v.stride(1),
-        v.stride(2),
-        ROWS=rows,
-        WIDTH=wide,
-        num_warps=4,
-    )
+        z, v, out, num_rows, head_dim, v.stride(1), v.stride(2),
+        HEADS=num_heads, GROUPS=num_heads // v.shape[-2], ROWS=rows, WIDTH=wide, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -305,8 +305,8 @@ def _exclude_backward(grad: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     num_rows = v.shape[0] * v.shape[1] * num_kv_heads
     dz, dv = torch.empty_like(z), v.new_empty(v.shape)
     _exclude_backward_kernel[(triton.cdiv(num_rows, rows),)](
-        grad, z, v, dz, dv, num_rows, num_kv_heads, head_dim, v.stride(1), v.stride(2),
-        GROUPS=z.shape[-2] // num_kv_heads, ROWS=rows, WIDTH=wide, num_warps=4,
+        grad, z, v, dz, dv, num_rows, head_dim, v.stride(1), v.stride(2),
+        KV_HEADS=num_kv_heads, GROUPS=z.shape[-2] // num_kv_heads, ROWS=rows, WIDTH=wide, num_warps=4,
     )  # fmt: skip
     return dz, dv
 

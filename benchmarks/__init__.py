@@ -1,0 +1,1 @@
+"""Measurements of the package, and the experiments behind its results; run from the root of the repository."""

@@ -1,0 +1,412 @@
+"""Tables, comparisons and plots of all results, written into docs/results.md and README.md between markers.
+
+What has no result says so: the page shows the whole plan at any time. Running it again changes nothing.
+"""
+
+import json
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.cell import EVIDENCE
+from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Experiment, Plan, Spec, Variant
+from benchmarks.evidence.plots import Drawing, Point, save
+from benchmarks.evidence.runner import found_results
+from epigram.errors import UserError
+from epigram.run.record import ENVIRONMENT, RESULT
+from epigram.run.statistics import compare
+
+BEGIN, END = "<!-- evidence: python -m benchmarks.evidence report -->", "<!-- end of evidence -->"
+HEAD_BEGIN, HEAD_END = "<!-- headline: python -m benchmarks.evidence report -->", "<!-- end of headline -->"
+MISSING, NONE = "not measured", "-"
+_EQUAL_TOKENS = 65_536
+
+
+@dataclass
+class Row:
+    """One variant of an experiment over its seeds. scores: by column and seed; sizes: by codec and seed."""
+
+    label: str
+    experiment: Experiment
+    variant: str
+    seeds: list[int] = field(default_factory=list)
+    scores: dict[str, dict[int, float]] = field(default_factory=dict)
+    sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
+    step_ms: dict[int, float] = field(default_factory=dict)
+    gpus: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def values(self, column: str) -> dict[int, float]:
+        return self.scores.get(column, {})
+
+
+def write_pages(plan: Plan, results: Path, docs: Path, readme: Path) -> list[Path]:
+    """Write both pages and the plots. results: holds `evidence/` and folders of earlier runs, and takes `plots/`."""
+    found = {
+        name: result for name, result in found_results([results / "evidence"]).items() if result["status"] == "finished"
+    }
+    sections = [_intro(plan), *(_section(plan, claim, found, results) for claim in plan.claims.values())]
+    sections.append(_earlier(results))
+    page = docs / "results.md"
+    _replace(page, BEGIN, END, "\n\n".join(section for section in sections if section))
+    _replace(readme, HEAD_BEGIN, HEAD_END, headline(plan, found, results))
+    return [page, readme]
+
+
+def _replace(path: Path, begin: str, end: str, text: str) -> None:
+    before = path.read_text("utf-8")
+    if before.count(begin) != 1 or before.count(end) != 1:
+        raise UserError(f"{path} needs the line {begin} and, below it, {end}")
+    head, rest = before.split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+# -- what was measured ----------------------------------------------------------------------------------------------
+
+
+def rows_of(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[Row]:
+    """The rows of a claim's table: its experiments and those that it borrows, with their variants."""
+    by_name = {experiment.name: experiment for experiment in plan.experiments}
+    rows = [_row(plan, by_name[name], Variant(name=BASE, about=words), found) for name, words in claim.also.items()]
+    for experiment in plan.experiments:
+        if experiment.claim == claim.name and experiment.kind != "bench":
+            variants = [Variant(name=BASE, about=experiment.about), *experiment.variants]
+            rows += [_row(plan, experiment, variant, found) for variant in variants]
+    return sorted(rows, key=lambda row: row.experiment.train_s) if claim.plot == "curve" else rows
+
+
+def _row(plan: Plan, experiment: Experiment, variant: Variant, found: dict[str, Any]) -> Row:
+    row = Row(variant.about or variant.name, experiment, variant.name)
+    for cell in plan.cells:
+        result = found.get(cell.name)
+        if cell.experiment is not experiment or result is None:
+            continue
+        if result["fingerprint"] != cell.fingerprint:
+            row.notes.append("measured with settings of before")
+        folder = Path(result["folder"]) / ("" if variant.name == BASE else variant.name)
+        exported = _json(folder / RESULT)
+        if experiment.kind != "bench" and not exported:
+            continue
+        row.seeds.append(cell.seed)
+        row.gpus.add(result.get("gpu", "unknown"))
+        for score in result["rows"]:
+            if "score" in score and score["variant"] == variant.name:
+                row.scores.setdefault(f"{score['model']} {score['score']}", {})[cell.seed] = score["val_bpb"]
+        row.sizes = {**row.sizes}
+        for codec, size in _sizes(exported, experiment.kind).items():
+            row.sizes.setdefault(codec, {})[cell.seed] = size
+        if "steps" in exported:
+            row.steps[cell.seed], row.step_ms[cell.seed] = exported["steps"], exported["step_ms"]
+    return row
+
+
+def _sizes(exported: dict[str, Any], kind: str) -> dict[str, int]:
+    """Bytes of the artifact by codec; of a whole job by its own, which is called entropy."""
+    sizes = {codec: size["artifact_bytes"] for codec, size in exported.get("codecs", {}).items()}
+    return {"entropy": exported["artifact_bytes"]} | sizes if kind == "whole" else sizes
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+# -- a claim --------------------------------------------------------------------------------------------------------
+
+
+def _intro(plan: Plan) -> str:
+    short = " ".join(f"--set {shlex.quote(setting)}" for setting in plan.defaults)
+    return f"""## Claims and questions
+
+Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result
+of every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. A mean over several
+seeds stands with its standard deviation. A negative difference is a better score; it is tested seed by seed as by
+`epigram compare`, and one seed shows a difference but proves none. Scores are on the validation file, on which
+settings were also chosen. In the commands, SEED is each of the row's, and
+
+```
+SHORT=({short})
+```"""
+
+
+def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> str:
+    lines = [f"### {claim.title}", ""]
+    lines += [f"Published: {claim.published}.", ""] if claim.published else []
+    lines += [claim.text, ""]
+    if claim.plot == "steps":
+        table, drawing = _steps(plan, claim, found)
+    else:
+        rows = rows_of(plan, claim, found)
+        table, drawing = _table(plan, claim, rows, found), _drawing(claim, rows)
+    lines += [*_machines(plan, claim, found), *table]
+    plot = results / "plots" / f"{claim.name}.svg"
+    if drawing is not None:
+        save(drawing, plot)
+        lines += ["", f"![{claim.title}](results/plots/{plot.name})"]
+    else:
+        plot.unlink(missing_ok=True)
+    return "\n".join([*lines, "", "```", *_commands(plan, claim), "```"])
+
+
+def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
+    """The machines of a claim's figures, a sentence each."""
+    seen = []
+    for cell in plan.cells:
+        result = found.get(cell.name)
+        if result is None or (cell.experiment.claim != claim.name and cell.experiment.name not in claim.also):
+            continue
+        machine = _json(Path(result["folder"]) / ENVIRONMENT)
+        versions = machine.get("versions", {})
+        known = [f"{name} {versions[name]}" for name in ("torch", "triton", "flash-attn-4") if versions.get(name)]
+        if (words := ", ".join([result.get("gpu", "unknown"), *known])) not in seen:
+            seen.append(words)
+    return [f"Measured on {'; '.join(seen)}.", ""] if seen else []
+
+
+def _table(plan: Plan, claim: Claim, rows: Sequence[Row], found: dict[str, Any]) -> list[str]:
+    codecs = ["entropy", *sorted({c for r in rows for v in r.experiment.variants for c in v.codecs} - {"entropy"})]
+    compared = any(_rival(claim, row) for row in rows)
+    head = ["", "seeds", "steps, ms", *claim.columns, *(f"bytes, {codec}" for codec in codecs)]
+    head += [f"difference in {claim.compare}"] if compared else []
+    lines = [_line(head), _line(["---"] * len(head))]
+    for words in claim.reference:
+        figures = [words.get(key, NONE) for key in ("steps, ms", *claim.columns, *(f"bytes, {c}" for c in codecs))]
+        lines.append(_line([words["label"], NONE, *figures, *([""] if compared else [])]))
+    for row in rows:
+        cells = [row.label, ", ".join(map(str, row.seeds)) or MISSING, _pace(row)]
+        cells += [_mean(row.values(column), "{:.4f}") for column in claim.columns]
+        cells += [_mean(row.sizes.get(codec, {}), "{:,.0f}") for codec in codecs]
+        cells += [_difference(plan, claim, row, found)] if compared else []
+        lines.append(_line(cells))
+    notes = sorted({f"{row.label}: {note}." for row in rows for note in row.notes})
+    return [*lines, *(["", *notes] if notes else [])]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _pace(row: Row) -> str:
+    if not row.steps:
+        return NONE
+    return f"{statistics.fmean(row.steps.values()):,.0f}, {statistics.fmean(row.step_ms.values()):.1f}"
+
+
+def _mean(values: dict[int, Any], form: str) -> str:
+    """Mean, with the standard deviation where there is more than one seed."""
+    if not values:
+        return NONE
+    mean = form.format(statistics.fmean(values.values()))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values.values()))}"
+
+
+def _rival(claim: Claim, row: Row) -> str:
+    """Name of the experiment that a row is compared with; its own for a variant; none for the rival itself."""
+    if row.variant != BASE:
+        return row.experiment.name
+    if row.experiment.claim != claim.name:
+        return ""
+    name = row.experiment.against or claim.baseline
+    return "" if name == row.experiment.name else name
+
+
+def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> str:
+    """How far below the rival's score the row's is: negative is better."""
+    name = _rival(claim, row)
+    if not name:
+        return ""
+    if not (ours := row.values(claim.compare)):
+        return NONE
+    if name == PUBLISHED:
+        return f"{statistics.fmean(ours.values()) - claim.target:+.4f} to the published {claim.target}"
+    rival = next(e for e in plan.experiments if e.name == name)
+    theirs = _row(plan, rival, Variant(name=BASE), found)
+    other = theirs.values(claim.compare)
+    if not other:
+        return NONE
+    if same := ours.keys() & other.keys():  # seed by seed, where that can be
+        ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
+    result = compare(ours, other)
+    words = f"{-result.gain:+.4f} to {name if row.variant == BASE else rival.about}"
+    if result.p is not None and result.p_worse is not None:
+        words += f" (p = {min(result.p, result.p_worse):.2g})"
+    return words + (", on another GPU" if row.gpus != theirs.gpus else "")
+
+
+def _steps(plan: Plan, claim: Claim, found: dict[str, Any]) -> tuple[list[str], Drawing | None]:
+    """Times by length and window, as of 65,536 tokens, with the share that a window saves."""
+    own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
+    windows = [variant.name for variant in own[0].variants]
+    head = ["length", *(f"window {window}" for window in windows)]
+    lines, series = [_line(head), _line(["---"] * len(head))], {f"window {window}": [] for window in windows}
+    for experiment in own:
+        times = _step_times(found.get(experiment.name, {}))
+        cells = []
+        for window in windows:
+            if window not in times:
+                cells.append(MISSING)
+                continue
+            series[f"window {window}"].append(Point(x=int(experiment.about), y=times[window]))
+            saved = 100 * (1 - times[window] / times["none"]) if "none" in times and window != "none" else None
+            faster = "" if saved is None else f" ({abs(saved):.1f} % {'less' if saved >= 0 else 'more'})"
+            cells.append(f"{times[window]:.1f} ms{faster}")
+        lines.append(_line([experiment.about, *cells]))
+    series = {name: points for name, points in series.items() if points}
+    drawing = Drawing(
+        title=claim.title, x_label="tokens in a sequence", y_label="ms a step of 65,536 tokens", series=series, log_x=2
+    )
+    return lines, drawing if series else None
+
+
+def _step_times(result: dict[str, Any]) -> dict[str, float]:
+    """Median ms of a whole step by variant, scaled to equal tokens."""
+    times = {}
+    for row in result.get("rows", []):
+        whole = next(step for step in row["step"] if step["name"] == "whole step")
+        times[row["variant"]] = whole["median_ms"] * _EQUAL_TOKENS / whole["tokens"]
+    return times
+
+
+def _drawing(claim: Claim, rows: Sequence[Row]) -> Drawing | None:
+    measured = [row for row in rows if row.values(claim.compare)]
+    if not measured:
+        return None
+    words = f"bits per byte, {claim.compare}"
+    if claim.plot == "curve":
+        series: dict[str, list[Point]] = {}
+        for column in claim.columns:
+            points = [_point(row, column, x=row.experiment.train_s) for row in measured if row.values(column)]
+            series[column] = sorted(points, key=lambda point: point.x)
+        return Drawing(
+            title=claim.title, x_label="seconds of training", y_label="bits per byte", series=series, log_x=10
+        )
+    if claim.plot == "bytes":
+        points = [
+            _point(
+                row,
+                claim.compare,
+                x=statistics.fmean(row.sizes["entropy"].values()) / 1e6,
+                label="as it is" if row.variant == BASE else row.variant,
+            )
+            for row in measured
+            if "entropy" in row.sizes
+        ]
+        series = {"": points}
+        return Drawing(title=claim.title, x_label="MB, entropy codec", y_label=words, series=series) if points else None
+    points = [_point(row, claim.compare, x=0.0, label=row.label) for row in measured]
+    return Drawing(title=claim.title, x_label="", y_label=words, series={"": points}, rows=True)
+
+
+def _point(row: Row, column: str, *, x: float, label: str = "") -> Point:
+    values = list(row.values(column).values())
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Point(x=x, y=round(statistics.fmean(values), 6), spread=round(spread, 6), label=label)
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+
+
+def _commands(plan: Plan, claim: Claim) -> list[str]:
+    """What repeats each row, one command a line: training, export, scores."""
+    lines = []
+    for experiment in plan.experiments:
+        if experiment.claim == claim.name:
+            lines += command_of(plan, experiment)
+    return lines
+
+
+def command_of(plan: Plan, experiment: Experiment) -> list[str]:
+    """The commands of one experiment."""
+    if experiment.kind == "bench":
+        return [
+            f"epigram bench step --recipe {experiment.recipe} {_sets((*experiment.set, *variant.set))}".rstrip()
+            for variant in experiment.variants
+        ]
+    cell = next(cell for cell in plan.cells if cell.experiment is experiment)
+    own = [setting for setting in cell.settings if setting not in plan.defaults]
+    short = ' "${SHORT[@]}"' if experiment.kind == "train" and not experiment.repeats else ""
+    recipe = f"docs/results/evidence/{experiment.repeats}/config.toml" if experiment.repeats else experiment.recipe
+    seed = str(experiment.seeds[0]) if len(experiment.seeds) == 1 else "SEED"
+    run = f"runs/{experiment.name}-{seed}"
+    train = f"epigram train {recipe} --data data/{experiment.data} --seed {seed} --out {run} {_sets(own)}".rstrip()
+    lines = [train + short]
+    lines += [f"epigram export {run} --out {run}/{v.name} {_sets(v.set)}" for v in experiment.variants]
+    scores = dict.fromkeys([*experiment.scores, *experiment.float_scores])
+    return [*lines, *(_score(run, experiment.data, text) for text in scores)]
+
+
+def _score(run: str, data: str, text: str) -> str:
+    spec = Spec.parse(text)
+    words = f"epigram score {run} --data data/{data} --method {spec.method} --seq-len {spec.seq_len}"
+    words += f" --stride {spec.stride}" if spec.method == "sliding" else ""
+    return words + (f" --max-tokens {spec.max_tokens}" if spec.max_tokens else "")
+
+
+def _sets(settings: Sequence[str]) -> str:
+    return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+
+
+# -- other runs, and the headline -----------------------------------------------------------------------------------
+
+
+def _earlier(results: Path) -> str:
+    """A row for each run of before that has a folder of its own."""
+    head = [
+        "run",
+        "recipe, seed",
+        "GPU",
+        "s",
+        "steps, ms",
+        "float blocks",
+        "quantized blocks",
+        "quantized sliding",
+        "bytes",
+    ]
+    lines = ["### Runs of before", "", "With recipes of their time; what each was for stands below.", ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for path in sorted(results.glob(f"*/{RESULT}")):
+        result = _json(path)
+        if (path.parent / EVIDENCE).exists() or "scores" not in result:
+            continue
+        device = result.get("paths", {}).get("device") or "cpu"
+        machine = _json(path.parent / ENVIRONMENT)
+        device = next((gpu["name"] for gpu in machine.get("gpus") or []), device)
+        cells = [f"`{path.parent.name}`", f"{result['recipe']}, {result['seed']}", device, f"{result['train_s']:.0f}"]
+        cells.append(f"{result['steps']:,}, {result['step_ms']:.1f}")
+        for model, method in (("float", "blocks"), ("quantized", "blocks"), ("quantized", "sliding")):
+            row = result["scores"].get(model, {}).get(method)
+            cells.append(f"{row['val_bpb']:.4f} ({row['seq_len']})" if row else NONE)
+        lines.append(_line([*cells, f"{result['artifact_bytes']:,}"]))
+    return "\n".join(lines)
+
+
+def headline(plan: Plan, found: dict[str, Any], results: Path) -> str:
+    """The README's sentence: three and ten minutes of the recipe, or the run of before while they are not measured."""
+    column, lines = "quantized sliding@2048/128", []
+    for name, words in (("h100-180", "Three minutes"), ("h100-600", "Ten minutes")):
+        experiment = next((e for e in plan.experiments if e.name == name), None)
+        if experiment is None:
+            continue
+        row = _row(plan, experiment, Variant(name=BASE), found)
+        if not (values := row.values(column)):
+            continue
+        seeds = "one seed" if len(values) == 1 else f"{len(values)} seeds"
+        beside = f" (published code: {plan.claims['h100'].target}, over the cap)" if name == "h100-180" else ""
+        size = max(row.sizes["entropy"].values())
+        gpu = ", ".join(sorted(row.gpus))
+        lines += [
+            f"{words} with the `h100` recipe on one {gpu} reached **{_mean(values, '{:.4f}')} bits per byte**",
+            f"({seeds}, sliding 2048/128, packed into at most {size:,} bytes) on a corpus of English prose{beside}.",
+        ]
+    if not lines:
+        result = _json(results / "h100-180s" / RESULT)
+        bpb = result["scores"]["float"]["blocks"]["val_bpb"]
+        steps = f"{result['steps']:,} steps of {result['step_ms']:.1f} ms"
+        lines += [
+            f"Three minutes with an earlier `h100` recipe took {steps} and reached {bpb:.3f} bits per byte in floating",
+            "point on a corpus of English prose.",
+        ]
+    return "\n".join([*lines, "More, and how each figure came about: [docs/results.md](docs/results.md)."])

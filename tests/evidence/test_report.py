@@ -1,0 +1,203 @@
+"""The page: what it says is what the results hold, and what is committed is what the results in docs/ give."""
+
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence.cell import EVIDENCE, describe
+from benchmarks.evidence.plan import BASE, Cell, load_plan
+from benchmarks.evidence.report import BEGIN, END, HEAD_BEGIN, HEAD_END, command_of, write_pages
+from epigram.config import load_recipe
+from epigram.errors import UserError
+from epigram.run.statistics import compare
+
+ROOT = Path(__file__).parents[2]
+TOY = Path(__file__).parent / "toy.toml"
+PLAN = load_plan(TOY)
+CELLS = {cell.name: cell for cell in PLAN.cells}
+EARLIER = {
+    "recipe": "h100",
+    "seed": 3,
+    "train_s": 172.0,
+    "steps": 2681,
+    "step_ms": 64.2,
+    "artifact_bytes": 15_614_392,
+    "scores": {"float": {"blocks": {"val_bpb": 1.16793, "seq_len": 2048}}},
+}
+
+
+class Pages:
+    """An empty page and README, and results as a runner would leave them."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.docs, self.readme = tmp_path, tmp_path / "README.md"
+        self.results = tmp_path / "results"
+        (tmp_path / "results.md").write_text(f"Before.\n{BEGIN}\nold\n{END}\nAfter.\n")
+        self.readme.write_text(f"# x\n{HEAD_BEGIN}\n{HEAD_END}\nrest\n")
+        self.write("h100-180s/result.json", EARLIER)
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        path = self.results / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+    def add(self, cell: Cell, bpb: float, gpu: str = "H100", variants: tuple[str, ...] = (BASE,), **more: Any) -> None:
+        """A finished cell whose every score of 64 tokens is `bpb`, less 0.1 for each variant."""
+        rows = [
+            {"variant": v, "model": model, "score": "blocks@64", "val_bpb": bpb - 0.1 * i}
+            for i, v in enumerate(variants)
+            for model in ("float", "quantized")
+        ]
+        found = {**describe(cell), "status": "finished", "gpu": gpu, "rows": rows, **more}
+        self.write(f"evidence/{cell.name}/{EVIDENCE}", found)
+        for v in variants:
+            folder = f"evidence/{cell.name}" + ("" if v == BASE else f"/{v}")
+            exported = {"steps": 900, "step_ms": 61.26, "codecs": {"entropy": {"artifact_bytes": 15_000_000}}}
+            self.write(f"{folder}/result.json", exported)
+
+    def page(self) -> str:
+        write_pages(PLAN, self.results, self.docs, self.readme)
+        return (self.docs / "results.md").read_text()
+
+    def row(self, label: str) -> list[str]:
+        (line,) = [line for line in self.page().splitlines() if line.startswith(f"| {label} |")]
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Pages:
+    return Pages(tmp_path)
+
+
+def test_nothing_measured(pages: Pages):
+    page = pages.page()
+    assert page.startswith("Before.\n")
+    assert page.endswith("\nAfter.\n")
+    assert "\nold\n" not in page
+    assert pages.row("as it is")[1] == "not measured"
+    assert "| 64 | not measured | not measured |" in page
+    assert "1.168 bits per byte" in pages.readme.read_text()
+    assert "![" not in page
+
+
+def test_mean_spread_and_difference(pages: Pages):
+    ours, theirs = {1: 1.30, 2: 1.33}, {1: 1.35, 2: 1.40}
+    for seed in (1, 2):
+        pages.add(CELLS[f"plain-s{seed}"], theirs[seed])
+    pages.add(CELLS["again-s1"], ours[1])
+    row = pages.row("as it is")
+    mean, sd = statistics.fmean(theirs.values()), statistics.stdev(theirs.values())
+    assert row[1:4] == ["1, 2", "900, 61.3", f"{mean:.4f} ± {sd:.4f}"]
+    assert row[6].startswith("15,000,000")
+    # One seed in common: compared with that one alone, and nothing is claimed.
+    assert pages.row("the first again")[-1] == f"{ours[1] - theirs[1]:+.4f} to plain"
+
+
+def test_a_difference_is_tested_seed_by_seed(pages: Pages):
+    base, other = {1: 1.35, 2: 1.40}, {1: 1.25, 2: 1.31}
+    for seed in (1, 2):
+        rows = [
+            {"variant": v, "model": "quantized", "score": "blocks@64", "val_bpb": values[seed]}
+            for v, values in ((BASE, base), ("nearest", other))
+        ]
+        pages.add(CELLS[f"plain-s{seed}"], 0.0, variants=(BASE, "nearest"), rows=rows)
+    p = compare(other, base).p
+    assert p is not None
+    assert pages.row("to nearest")[-1] == f"{-0.095:+.4f} to as it is (p = {p:.2g})"
+
+
+def test_another_gpu_is_named(pages: Pages):
+    pages.add(CELLS["plain-s1"], 1.3)
+    pages.add(CELLS["again-s1"], 1.3, gpu="H200")
+    assert pages.row("the first again")[-1].endswith(", on another GPU")
+    assert "Measured on H100; H200." in pages.page()
+
+
+def test_settings_of_before_are_named(pages: Pages):
+    pages.add(CELLS["plain-s1"], 1.3, fingerprint="other")
+    assert "as it is: measured with settings of before." in pages.page()
+
+
+def test_unfinished_cells_do_not_count(pages: Pages):
+    pages.add(CELLS["plain-s1"], 1.3, status="cut")
+    assert pages.row("as it is")[1] == "not measured"
+
+
+def test_step_times_at_equal_tokens(pages: Pages):
+    """80 ms of 32,768 tokens are 160 ms of 65,536; the window saves a quarter."""
+    rows = [
+        {"variant": v, "step": [{"name": "whole step", "median_ms": ms, "tokens": 32_768}]}
+        for v, ms in (("none", 80.0), ("16", 60.0))
+    ]
+    pages.add(CELLS["steps-64"], 0.0, rows=rows)
+    assert pages.row("64") == ["64", "160.0 ms", "120.0 ms (25.0 % less)"]
+    assert (pages.results / "plots" / "steps.svg").exists()
+
+
+def test_again_changes_nothing(pages: Pages):
+    pages.add(CELLS["plain-s1"], 1.3, variants=(BASE, "nearest"))
+    first = pages.page()
+    plot = pages.results / "plots" / "training.svg"
+    drawn = plot.read_text()
+    plot.touch()
+    assert pages.page() == first
+    assert plot.read_text() == drawn
+    pages.add(CELLS["plain-s1"], 1.2, variants=(BASE, "nearest"))
+    pages.page()
+    assert plot.read_text() != drawn  # other data, another drawing
+
+
+def test_markers_are_needed(pages: Pages):
+    pages.readme.write_text("no markers")
+    with pytest.raises(UserError, match="headline"):
+        pages.page()
+
+
+def test_what_is_committed_is_up_to_date(tmp_path: Path):
+    """`python -m benchmarks.evidence report` would change nothing in docs/ and README.md."""
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    for path in (ROOT / "docs" / "results.md", ROOT / "README.md"):
+        shutil.copy(path, tmp_path)
+    write_pages(load_plan(), tmp_path / "results", tmp_path, tmp_path / "README.md")
+    hint = "run python -m benchmarks.evidence report"
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text(), hint
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), hint
+    plots = {path.name: path.read_text() for path in (tmp_path / "results").glob("plots/*")}
+    assert plots == {path.name: path.read_text() for path in (ROOT / "docs" / "results").glob("plots/*")}, hint
+
+
+def test_every_claim_has_seeds_spread_and_command():
+    plan, page = load_plan(), (ROOT / "docs" / "results.md").read_text()
+    for claim in plan.claims.values():
+        section = page.split(f"### {claim.title}\n")[1].split("\n### ")[0]
+        table = [line for line in section.splitlines() if line.startswith("|")]
+        experiments = [e for e in plan.experiments if e.claim == claim.name]
+        if claim.plot != "steps":
+            assert "| seeds |" in table[0]
+            for line in table[2 + len(claim.reference) :]:
+                cells = [cell.strip() for cell in line.strip("|").split("|")]
+                measured = re.fullmatch(r"\d+(, \d+)*", cells[1])
+                assert measured or cells[1] == "not measured", line
+                if measured and "," in cells[1]:
+                    assert "±" in line
+        for experiment in experiments:
+            for command in command_of(plan, experiment):
+                assert command in section
+
+
+def test_commands_say_what_was_run():
+    """The settings in a command and those of its cell resolve to the same config."""
+    plan = load_plan()
+    for cell in plan.cells:
+        if cell.experiment.kind == "bench" or cell.experiment.repeats:
+            continue
+        train = command_of(plan, cell.experiment)[0]
+        settings = re.findall(r"--set (?:'([^']*)'|(\S+))", train)
+        typed = [one or other for one, other in settings]
+        typed += plan.defaults if "SHORT" in train else []
+        assert load_recipe(cell.recipe, typed) == load_recipe(cell.recipe, cell.settings), cell.name

@@ -1,0 +1,171 @@
+"""The runner: order, time, failures, what is left; with processes that only pretend to train."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import runner
+from benchmarks.evidence.cell import EVIDENCE
+from benchmarks.evidence.plan import Plan, load_plan
+from benchmarks.evidence.runner import Options, Summary, execute_plan
+
+TOY = Path(__file__).parent / "toy.toml"
+
+# Reads a job as the real one does, and finishes at once, or does what `behave` says for its cell.
+STUB = """
+import json, pathlib, sys, time, signal
+job = json.loads(sys.stdin.readline() or "null")
+if job is None:
+    sys.exit()
+behave = json.loads(sys.argv[1]).get(job["cell"], {})
+folder = pathlib.Path(job["folder"])
+folder.mkdir(parents=True, exist_ok=True)
+evidence = {**json.loads(sys.argv[2])[job["cell"]], "status": "finished", "gpu": "cpu", "rows": [],
+            "resume": job["resume"], "recipe_was": job["recipe"], "began": time.time()}
+def save(**more):
+    (folder / "evidence.json").write_text(json.dumps({**evidence, **more, "ended": time.time()}))
+def pause(*_):
+    saved = pathlib.Path(job["work"]) / "run/checkpoints/step-00000007"
+    saved.mkdir(parents=True, exist_ok=True)
+    (saved / "state.json").write_text('{"trained_s": 3.5}')
+    save(status="paused")
+    sys.exit()
+if behave.get("pauses"):
+    signal.signal(signal.SIGTERM, pause)
+time.sleep(behave.get("sleep", 0))
+if behave.get("dies"):
+    sys.exit(3)
+save()
+"""
+
+
+class Runs:
+    """Runs the toy plan with stubs; each call is one command on a machine that keeps its folders."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plan, self.out, self.work = load_plan(TOY), tmp_path / "out", tmp_path / "work"
+        self.behave: dict[str, Any] = {}
+        (tmp_path / "data").mkdir()
+        self.options = Options(
+            out=self.out,
+            work=self.work,
+            data={"toy": tmp_path / "data"},
+            seconds=60,
+            devices=["cpu"],
+            gpu="cpu",
+            fresh=False,
+        )
+        monkeypatch.setattr(runner._Run, "_worker", lambda _, slot: self._stub())
+        monkeypatch.setattr(runner, "_POLL_S", 0.01)
+
+    def _stub(self) -> subprocess.Popen[str]:
+        cells = {cell.name: runner.describe(cell) for cell in self.plan.cells}
+        command = [sys.executable, "-c", STUB, json.dumps(self.behave), json.dumps(cells)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+
+    def __call__(self, plan: Plan | None = None, **options: Any) -> Summary:
+        self.plan = plan or self.plan
+        return execute_plan(self.plan, replace(self.options, **options))
+
+    def evidence(self, name: str) -> dict[str, Any]:
+        return json.loads((self.out / name / EVIDENCE).read_text())
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(tmp_path, monkeypatch)
+
+
+def test_in_order_of_priority_and_then_never_again(runs: Runs, capsys: pytest.CaptureFixture[str]):
+    order = ["plain-s1", "again-s1", "diverges-s1337", "steps-64", "plain-s2", "whole-s1"]
+    assert runs().finished == order
+    began = [runs.evidence(name)["began"] for name in order]
+    assert began == sorted(began)
+    assert runs.evidence("again-s1")["recipe_was"] == str(runs.out / "plain-s1" / "config.toml")
+    assert "6 cells to run" in capsys.readouterr().out
+    assert runs() == Summary()
+
+
+def test_a_failure_stops_nothing_else_and_is_told(runs: Runs, capsys: pytest.CaptureFixture[str]):
+    runs.behave = {"diverges-s1337": {"dies": True}}
+    summary = runs()
+    assert summary.failed == ["diverges-s1337"]
+    assert len(summary.finished) == 5
+    assert runs.evidence("diverges-s1337")["status"] == "failed"
+    assert "diverges-s1337 FAILED" in capsys.readouterr().out
+    assert runs().left == {"diverges-s1337": "failed before: --retry runs it again"}
+    runs.behave = {}
+    assert runs(retry=True).finished == ["diverges-s1337"]
+
+
+def test_what_does_not_fit_is_left(runs: Runs):
+    """Of 14 s that are not kept for the end the dearest cell would take 15; the others fit one after the other."""
+    summary = runs(seconds=17)
+    assert set(summary.left) == {"plain-s1", "plain-s2", "again-s1"}
+    assert summary.left["again-s1"] == "plain-s1 first"
+    assert summary.left["plain-s1"] == "15 s"
+    assert summary.finished == ["diverges-s1337", "steps-64", "whole-s1"]
+
+
+def test_the_end_of_the_time_cuts_off(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "_END_S", 0.2)
+    runs.behave = {"steps-64": {"sleep": 60}}
+    assert runs(only=["steps-64"], seconds=4).cut == ["steps-64"]
+    assert runs.evidence("steps-64")["status"] == "cut"
+    runs.behave = {}
+    assert runs(only=["steps-64"]).finished == ["steps-64"]
+
+
+def test_a_long_run_pauses_and_goes_on_first(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"_END_S": 0.2, "_PAUSE_S": 1.0, "_WORTH_S": 1.0}.items():
+        monkeypatch.setattr(runner, name, value)
+    runs.behave = {"whole-s1": {"sleep": 60, "pauses": True}}
+    assert runs(only=["whole-s1"], seconds=3).paused == ["whole-s1"]
+    runs.behave = {}
+    assert runs().finished[0] == "whole-s1"
+    assert runs.evidence("whole-s1")["resume"] is True
+    assert runs.evidence("plain-s1")["resume"] is False
+
+
+def test_one_process_for_each_gpu(runs: Runs):
+    runs.behave = {name: {"sleep": 1} for name in ("plain-s1", "diverges-s1337", "steps-64")}
+    runs(devices=["cpu", "cpu"], only=["plain-s1", "diverges", "steps-64"])
+    first, second, third = (runs.evidence(name) for name in ("plain-s1", "diverges-s1337", "steps-64"))
+    assert second["began"] < first["ended"]
+    assert third["began"] >= min(first["ended"], second["ended"])
+
+
+def test_a_group_stays_on_one_kind_of_gpu(runs: Runs):
+    runs(only=["plain-s1"])
+    summary = runs(gpu="another")
+    assert summary.left["plain-s2"] == "its group was measured on cpu: --mix runs it nevertheless"
+    assert summary.finished == ["steps-64", "whole-s1"]
+    assert "plain-s2" in runs(gpu="another", mix=True).finished
+
+
+def test_other_settings_are_another_cell(runs: Runs, tmp_path: Path):
+    runs(only=["steps-64"])
+    (path := tmp_path / "plan.toml").write_text(
+        TOY.read_text().replace('name = "16"', 'name = "16", set = ["model.window=32"]')
+    )
+    assert runs(load_plan(path), only=["steps-64"]).finished == ["steps-64"]
+
+
+def test_results_of_before_and_the_archive(runs: Runs, tmp_path: Path):
+    archive = tmp_path / "a.tgz"
+    runs(only=["plain-s1"], archive=archive)
+    with tarfile.open(archive) as tar:
+        assert f"out/plain-s1/{EVIDENCE}" in tar.getnames()
+    assert runs(only=["plain"], out=tmp_path / "other", done=[runs.out]).finished == ["plain-s2"]
+
+
+def test_without_its_data(runs: Runs):
+    summary = runs(data={})
+    assert summary.finished == ["steps-64"]
+    assert set(summary.left.values()) == {"no --data toy=PATH"}
