@@ -129,7 +129,7 @@ def _shape(c: ModelConfig) -> list[Any]:
     """What decides which kernels a model calls: another gain, rotation or length of window needs no other ones (whether
     there is a window does; how long it is, flash-attn-4 is told in the call), so no processes either."""
     widths = (c.num_heads, c.num_kv_heads, c.head_dim, c.model_dim, c.mlp_dim)
-    return [widths, c.mlp_slope, bool(c.window_layers), c.skips != "none"]
+    return [widths, c.mlp_slope, bool(c.window_layers), c.skips != "none", c.isolated]
 
 
 def tasks(model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Task]:
@@ -145,11 +145,14 @@ def _attention_tasks(c: ModelConfig, device: torch.device, dtype: torch.dtype) -
         def task() -> None:
             module = plugin.load(BACKENDS, _BACKEND)
             heads = (c.num_heads, num_kv_heads, num_kv_heads)
+            # The library takes another kernel for more than 256 sequences, documents or room for them.
+            num_rows = 32 if c.isolated else 1
             q, k, v = (
-                torch.randn(1, _LENGTH, h, c.head_dim, device=device, dtype=dtype).requires_grad_(backward)
+                torch.randn(num_rows, _LENGTH, h, c.head_dim, device=device, dtype=dtype).requires_grad_(backward)
                 for h in heads
             )
-            attend = within(module.attend, torch.arange(_LENGTH, device=device)[None].int() if c.isolated else None)
+            reach = torch.arange(_LENGTH, device=device, dtype=torch.int32).expand(num_rows, -1)
+            attend = within(module.attend, reach if c.isolated else None)
             out = attend(q, k, v, window)
             if backward:
                 out.sum().backward()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig, SgdConfig
+from epigram.evaluation.scorer import MiscountError
 from epigram.evaluation.windows import Method
 from epigram.run.adapt import Adaptation
 from epigram.run.adapt_probe import probe_tokens
@@ -80,7 +81,10 @@ def _prefix_change(subject: Subject, tokens: NDArray[np.uint16], vocab_size: int
 
 def _counted(subject: Subject, tokens: NDArray[np.uint16]) -> str:
     """What is wrong with the number of scores, or their sum, of a text that fills no window; empty if nothing is."""
-    found, each = subject.score(tokens), subject.nats(tokens)
+    try:
+        found, each = subject.score(tokens), subject.nats(tokens)
+    except MiscountError as error:
+        return str(error)
     if found.tokens != len(tokens) - 1 or len(each) != len(tokens) - 1:
         return f"{found.tokens} scores for {len(tokens) - 1} tokens"
     mean = float(each.astype(np.float64).mean())
