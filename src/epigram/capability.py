@@ -47,6 +47,7 @@ _NO_BFLOAT16 = (
     "bfloat16 is emulated there"
 )
 _NO_TRITON = "Triton supports compute capability 8.0 and later; before, its products run without tensor cores"
+_FLOAT8_SINCE = (8, 9)  # Ada
 _SKIPS_TILES = "flex leaves out whole tiles beyond a window"
 
 _since_ampere = partial(
@@ -174,6 +175,20 @@ def why_no_triton(device_type: str, capability: Capability | None = None) -> str
     if not row.triton:
         return row.triton_reason
     return None if triton_installed() else "Triton is not installed: it comes with torch's CUDA builds on Linux"
+
+
+def why_no_float8(device_type: str, capability: Capability | None = None) -> str | None:
+    """Why products cannot be in float8 on this device, in a sentence; None when they can.
+
+    CPUs have no such products, but the formats, so that a run can round to them.
+    """
+    if device_type == "mps":
+        return "Apple GPUs have no float8 formats"
+    if capability is not None and capability < _FLOAT8_SINCE:
+        return "float8 products need compute capability {}.{}, this device has {}.{}".format(
+            *_FLOAT8_SINCE, *capability
+        )
+    return None
 
 
 def triton_installed() -> bool:

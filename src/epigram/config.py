@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,6 +19,7 @@ from cattrs.v import format_exception
 
 from epigram.data.lanes import Lane
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import AdaptConfig
 from epigram.evaluation.windows import EvalConfig
 from epigram.kernels.base import CHOICES as KERNELS
 from epigram.model.config import ModelConfig
@@ -152,7 +153,8 @@ class RunConfig:
     attention: a backend of `epigram.attention`, or "auto". kernels: "fused" (those of `epigram.kernels._triton`),
     "plain" (torch code, which torch.compile can fuse), or "auto": fused where they can serve, unless compile is "on".
     compile: torch.compile for the plain kernels, "auto" (when a compiler is there), "on", "off"; fused ones are never
-    compiled. cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
+    compiled. float8: train with the products of the layers in float8 (`epigram.kernels.float8`); takes plain kernels.
+    cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
     checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between comparisons of all
@@ -164,6 +166,7 @@ class RunConfig:
     attention: str = "auto"
     kernels: str = "auto"
     compile: str = "auto"
+    float8: bool = False
     cuda_graphs: str = "auto"
     log_every: int = 100
     val_every: int = 0
@@ -204,6 +207,11 @@ class RunConfig:
             problems.append(
                 'kernels = "fused" leaves nothing to compile: with compile = "on" choose kernels = "plain", or set '
                 'compile = "auto"'
+            )
+        if self.float8 and self.kernels == "fused":
+            problems.append(
+                'float8 = true needs the plain kernels: with it choose kernels = "plain" or "auto", or set '
+                "float8 = false"
             )
         if self.val_tokens < 1:
             problems.append(f"val_tokens = {self.val_tokens} must be at least 1")
@@ -290,6 +298,11 @@ class Config:
                 'floor = 0 has neither: set quant.grid.clip = "sigma", a floor, or artifact.over_cap = "fail"'
             )
 
+        if self.score.adapt.sgd.frozen_layers > self.model.num_layers:
+            yield (
+                f"score.adapt.sgd.frozen_layers = {self.score.adapt.sgd.frozen_layers} is more than the "
+                f"{self.model.num_layers} layers of the model"
+            )
         limits, layers = self.score.streaming.limits, self.model.num_layers
         if limits and len(limits) != layers:
             yield f"score.streaming.limits has {len(limits)} numbers, the model {layers} layers: give one for each"
@@ -399,6 +412,36 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
 def parse_model(tree: dict[str, Any]) -> ModelConfig:
     """A model's settings from plain values, as an artifact's header holds them; UserError as `parse_config`."""
     return _parse(tree, ModelConfig, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptScore:
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptTime:
+    score_s: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptSettings:
+    """What of a recipe concerns adaptation alone."""
+
+    score: _AdaptScore = _AdaptScore()
+    budget: _AdaptTime = _AdaptTime()
+
+
+def parse_adapt(kind: str, overrides: Sequence[str]) -> tuple[AdaptConfig, float]:
+    """Adaptation of a `kind`, its settings changed as a recipe's would be; and the seconds that scores may take.
+
+    Raises UserError for a change of anything but score.adapt and budget.score_s.
+    """
+    tree = override({"score": {"adapt": {"kind": kind}}}, overrides)
+    found = _parse(tree, _AdaptSettings, "--adapt: ")
+    if overrides and found.score.adapt.kind == "none":
+        raise UserError("--set changes settings of --adapt: say --adapt sgd or --adapt lora")
+    return found.score.adapt, found.budget.score_s
 
 
 def _parse(tree: dict[str, Any], kind: type[T], prefix: str) -> T:

@@ -1,5 +1,7 @@
 """Every backend of the folder against the oracle, forward and backward; the closed-form tile map."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -66,6 +68,56 @@ def test_backends_agree_with_the_reference(name: str, shape: tuple[int, ...], wi
         assert (ours - theirs).norm() <= FLOAT32_RELATIVE * theirs.norm()
 
 
+def documents(batch: int, length: int, seed: int = 0, before: int = 5) -> torch.Tensor:
+    """(B, T) int32: how far back the document of each position goes; the first one of a row was begun `before`."""
+    draw = torch.Generator().manual_seed(seed)
+    reach = torch.empty(batch, length, dtype=torch.int32)
+    for row in reach:
+        since = before
+        for t in range(length):
+            since = 0 if float(torch.rand((), generator=draw)) < 0.06 else since + 1
+            row[t] = since
+    return reach
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["reference", "sdpa", "flex"])
+def test_within_documents_each_is_alone(name: str, shape: tuple[int, ...], window: int) -> None:
+    """A document forwarded alone gives the same outputs and gradients.
+
+    flex has no backward on a CPU, and computes by its mask there, not by its tile map.
+    """
+    attend = plugin.load(PACKAGE, name).attend
+    tensors = inputs(shape)
+    reach = documents(shape[0], shape[1])
+    if name == "flex":
+        found = [attend.within(reach)(*(x.detach() for x in tensors), window)]
+    else:
+        found = output_and_gradients(attend.within(reach), tensors, window)
+    weights = torch.randn(tensors[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for row in range(shape[0]):
+        starts = sorted({0, *torch.nonzero(reach[row] == 0).flatten().tolist(), shape[1]})
+        for first, end in pairwise(starts):
+            parts = [x[row : row + 1, first:end].detach().requires_grad_() for x in tensors]
+            out = reference.attend(*parts, window)
+            alone = [out.detach(), *torch.autograd.grad(out, parts, weights[row : row + 1, first:end])]
+            torch.testing.assert_close([x[row : row + 1, first:end] for x in found], alone[: len(found)])
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex"])
+@pytest.mark.parametrize("window", [0, 1, 5, 31, 32, 40])
+def test_within_documents_queries_are_the_last_positions(name: str, window: int) -> None:
+    """With keys of before, as a cache hands them over, and where only the last positions are asked for."""
+    q, k, v = (x.detach() for x in inputs(SHAPES[0]))
+    attend = plugin.load(PACKAGE, name).attend
+    reach = documents(2, 33)
+    full = reference.attend.within(reach)(q, k, v, window)
+    for count in (1, 2, 20, 27, 32, 33):
+        for some in (reach, reach[:, -count:]):
+            torch.testing.assert_close(attend.within(some)(q[:, -count:], k, v, window), full[:, -count:])
+
+
 def output_and_gradients(attend, tensors: list[torch.Tensor], window: int) -> list[torch.Tensor]:
     out = attend(*tensors, window)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -104,24 +156,30 @@ def test_a_window_costs_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(pairs) <= 900 * 100
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("before", [0, 100, 128])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 700, 1024])
 @pytest.mark.parametrize("window", [0, 1, 100, 128, 300, 512, 5000])
-def test_tile_map_equals_the_mask(length: int, window: int, before: int) -> None:
-    """A tile is left out exactly when no pair in it is visible, and unmasked only when all are."""
-    mask = flex.block_mask(length, before + length, window, torch.device("cpu"))
+def test_tile_map_equals_the_mask(length: int, window: int, before: int, apart: bool) -> None:
+    """A tile is left out exactly when no pair in it is visible, and unmasked only when all are. With documents, some of
+    them longer than a tile, each sequence has a map of its own."""
+    reach = None
+    if apart:
+        reach = torch.stack([(torch.arange(length, dtype=torch.int32) + 90) % size for size in (50, 128, 400, 2000)])
+    mask = flex.block_mask(length, before + length, window, torch.device("cpu"), reach)
     tiles, columns = -(-length // 128), -(-(before + length) // 128)
-    visible = band_mask(length, before + length, window, "cpu")
-    partial, full = (torch.zeros(tiles, columns, dtype=torch.bool) for _ in range(2))
-    for chosen, count, order in (
-        (partial, mask.kv_num_blocks, mask.kv_indices),
-        (full, mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
+    dense = band_mask(length, before + length, window, "cpu", reach)
+    for sequence, visible in enumerate(dense if apart else dense[None]):
+        partial, full = (torch.zeros(tiles, columns, dtype=torch.bool) for _ in range(2))
+        for chosen, count, order in (
+            (partial, mask.kv_num_blocks, mask.kv_indices),
+            (full, mask.full_kv_num_blocks, mask.full_kv_indices),
+        ):
+            for row in range(tiles):
+                chosen[row, order[sequence, 0, row, : int(count[sequence, 0, row])].long()] = True
         for row in range(tiles):
-            chosen[row, order[0, 0, row, : int(count[0, 0, row])].long()] = True
-    for row in range(tiles):
-        for column in range(columns):
-            tile = visible[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
-            assert bool(tile.any()) == bool(partial[row, column] | full[row, column])
-            if full[row, column]:
-                assert bool(tile.all())
+            for column in range(columns):
+                tile = visible[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
+                assert bool(tile.any()) == bool(partial[row, column] | full[row, column])
+                if full[row, column]:
+                    assert bool(tile.all())

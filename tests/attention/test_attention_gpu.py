@@ -11,9 +11,9 @@ from torch import Tensor
 
 from epigram import plugin
 from epigram.attention import reference
-from epigram.attention.base import ORACLE, PACKAGE, Request, candidates, usable
+from epigram.attention.base import ORACLE, PACKAGE, Request, candidates, usable, within
 from epigram.capability import support
-from epigram.run.speed import Work, cuda_ms, measure_ms
+from epigram.run.speed import Work, as_called, cuda_ms, measure_ms
 
 pytestmark = pytest.mark.gpu
 
@@ -24,8 +24,11 @@ HEADS = [(8, 4), (8, 8), (6, 2)]
 HEAD_DIM = 64
 
 
-def request(heads=(8, 4), window: int = 0, dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> Request:
+def request(
+    heads=(8, 4), window: int = 0, dtype: torch.dtype = torch.bfloat16, compiled: bool = True, documents: bool = False
+) -> Request:
     return Request(
+        documents=documents,
         device_type="cuda",
         capability=torch.cuda.get_device_capability(),
         dtype=dtype,
@@ -144,15 +147,77 @@ def test_queries_are_the_last_positions_of_the_keys(name: str, window: int) -> N
         assert_near([attend(q[:, -count:], k, v, window)], [full[:, -count:]], RELATIVE[torch.bfloat16])
 
 
+def documents(length: int) -> Tensor:
+    """(2, length) int32: documents of a few to some hundred tokens, the first of a row begun before it."""
+    draw = torch.Generator().manual_seed(length)
+    place, since = torch.arange(length), torch.full((2, 1), -40)
+    begins = torch.rand(2, length, generator=draw) < 0.01
+    begins[:, 300:310:3] = True
+    starts = torch.where(begins, place, since).cummax(dim=1).values
+    return (place - starts).int().cuda()
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "window", "heads"), [case for case in cases() if case[1] in (1000, 1024)], ids=str
+)
+def test_within_documents_it_agrees_with_float64(name: str, length: int, window: int, heads: tuple[int, int]) -> None:
+    asked, reach = request(heads, window, documents=True), documents(length)
+    attend = ready(name, asked, compiled=False)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return within(attend, reach)(q, k, v, window)
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return within(reference.attend, reach)(q, k, v, window)
+
+    function = torch.compile(function, dynamic=False) if name == "flex" else function
+    exact = output_and_gradients(exactly, [x.detach().double().requires_grad_() for x in inputs(length, heads)], window)
+    assert_near(output_and_gradients(function, inputs(length, heads), window), exact, RELATIVE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("before", [1, 100, 511])
+@pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name != "flex"])
+def test_within_documents_queries_that_follow_keys(name: str, before: int) -> None:
+    """A chunk of a stream whose first document began in the one before, and keys of documents that are over."""
+    asked = replace(request(window=511, compiled=False, documents=True), longer_keys=True, backward=False)
+    attend, reach = ready(name, asked), documents(1200)
+    q, k, v = (x.detach() for x in inputs(1200))
+    exact = within(reference.attend, reach)(q.double(), k.double(), v.double(), 511)[:, before:]
+    found = within(attend, reach)(q[:, before:], k, v, 511)
+    assert_near([found], [exact], RELATIVE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name not in ("flex", ORACLE)])
+def test_within_documents_a_graph_replays_any_text(name: str) -> None:
+    """What is recorded for one text is right for another: shapes and launches do not follow the documents."""
+    attend = ready(name, request(compiled=False, documents=True))
+    q, k, v = (x.detach() for x in inputs(1024))
+    reach = documents(1024)
+    for _ in range(2):  # compiles
+        within(attend, reach)(q, k, v, 0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = within(attend, reach)(q, k, v, 0)
+    for other in (documents(1024).flip(0), torch.arange(1024).int().cuda().expand(2, -1), documents(1024)):
+        reach.copy_(other)
+        graph.replay()
+        exact = within(reference.attend, other)(q.double(), k.double(), v.double(), 0)
+        assert_near([out], [exact], RELATIVE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("window", [0, 512])
 @pytest.mark.parametrize("backward", [True, False])
-def test_every_candidate_can_be_measured(window: int, backward: bool) -> None:
+def test_every_candidate_can_be_measured(window: int, backward: bool, apart: bool) -> None:
     """None fails on this device that said it could serve, and the memory that was tried is given back."""
     row = support("cuda", torch.cuda.get_device_capability())
-    asked = request(window=window, dtype=row.precision)
+    asked = request(window=window, dtype=row.precision, documents=apart)
     names = candidates(asked)
     assert ORACLE not in names
-    attends = {name: torch.compile(plugin.load(PACKAGE, name).attend, dynamic=False) for name in names}
+    attends = {
+        name: torch.compile(as_called(plugin.load(PACKAGE, name).attend, asked), dynamic=False) for name in names
+    }
     work = Work(shapes=((2, 1024), (1, 3000)), backward=backward)
     times_ms = measure_ms(attends, asked, work, torch.device("cuda"), cuda_ms)
     print({name: round(ms, 3) for name, ms in times_ms.items()})

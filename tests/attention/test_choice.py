@@ -170,6 +170,22 @@ def test_check_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has none" in cudnn.check(request_for("H100"))
 
 
+@pytest.mark.parametrize("kind", ["full", "windowed"])
+def test_documents_are_kept_apart_by_those_that_can(install, kind: str) -> None:
+    """cuDNN cannot; what skips most of the rest comes first for all layers."""
+    window = {"full": 0, "windowed": 512}[kind]
+    asked = request_for("H100", window, documents=True)
+    assert candidates(asked) == ("flex", "sdpa")
+    assert candidates(request_for("H100", window, documents=True, compiled=False)) == ("sdpa",)
+    install(flash_attn_4())
+    assert candidates(asked) == ("flash4", "flex", "sdpa")
+    install(flash_attn_3("tuple"))
+    assert candidates(asked) == ("flash3", "flex", "sdpa")
+    assert candidates(request_for("CPU", window, documents=True)) == ("sdpa",)
+    with pytest.raises(UserError, match="'cudnn' cannot be used here: cudnn cannot keep documents apart"):
+        choose("cudnn", request_for("H100", documents=True))
+
+
 def test_the_line_of_a_choice() -> None:
     def attend(q, k, v, window):
         return q

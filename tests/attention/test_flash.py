@@ -10,8 +10,8 @@ import torch
 from stand_ins import CALLS, flash_attn_3, flash_attn_4
 
 from epigram import plugin
-from epigram.attention import _flash4_cache, reference
-from epigram.attention.base import PACKAGE, Request
+from epigram.attention import _flash, _flash4_cache, reference
+from epigram.attention.base import PACKAGE, Request, within
 from epigram.errors import UserError
 from epigram.user_cache import user_cache
 
@@ -65,6 +65,60 @@ def test_queries_are_the_last_positions_of_the_keys(backend, window):
     torch.testing.assert_close(backend.attend(q[:, -3:], k, v, window), reference.attend(q, k, v, window)[:, -3:])
 
 
+def reach_of(*rows: list[int]) -> torch.Tensor:
+    """Rows of documents of these lengths, the first of which began so many tokens before the row."""
+    return torch.tensor(
+        [[*range(before, before + first), *(t for n in others for t in range(n))] for before, first, *others in rows],
+        dtype=torch.int32,
+    )
+
+
+DOCUMENTS = reach_of([0, 37], [0, 10, 1, 1, 25])
+BEGUN = reach_of([50, 2, 20, 15], [3, 30, 7])
+
+
+@pytest.mark.parametrize("reach", [DOCUMENTS, BEGUN], ids=["whole", "begun"])
+@pytest.mark.parametrize("heads", [(4, 2, 2), (4, 4, 4)])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_within_documents_it_agrees_with_the_reference(backend, window, heads, reach):
+    q, k, v = packed(heads)[1]
+    found, exact = (gradients(x.attend.within(reach), q, k, v, window) for x in (backend, reference))
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 36])
+@pytest.mark.parametrize("window", [0, 5])
+def test_within_documents_queries_are_the_last_positions_of_the_keys(backend, window, count):
+    """Keys of earlier documents, or of none that can be seen, lie before the first query's."""
+    q, k, v = packed()[1]
+    for reach in (DOCUMENTS, BEGUN):
+        exact = reference.attend.within(reach)(q, k, v, window)[:, -count:]
+        torch.testing.assert_close(backend.attend.within(reach)(q[:, -count:], k, v, window), exact)
+
+
+def test_a_batch_with_too_many_documents_is_not_a_number(backend, monkeypatch):
+    """Shapes cannot follow the text, so there is a bound; beyond it no wrong number may come out."""
+    monkeypatch.setattr(_flash, "_SPARE", 4)
+    q, k, v = packed()[1]
+    for count, is_fine in ((4, True), (5, False)):  # besides those that begin rows
+        reach = reach_of([0, 37], [0, 37 - count, *[1] * count])
+        out = backend.attend.within(reach)(q, k, v, 0)
+        assert bool(out.isfinite().all()) == is_fine
+        assert is_fine or bool(out[..., 0].isnan().all())
+
+
+def test_layers_share_the_segments(backend, monkeypatch):
+    made, whole = [], _flash.segments
+    monkeypatch.setattr(_flash, "segments", lambda *arguments: made.append(1) or whole(*arguments))
+    q, k, v = packed()[1]
+    attend = backend.attend.within(DOCUMENTS)
+    for window in (0, 5, 0):
+        attend(q, k, v, window)
+    assert len(made) == 1
+    assert getattr(attend, "equal_heads", False) == getattr(backend.attend, "equal_heads", False)
+
+
 def test_views_are_passed_on_without_a_copy(backend):
     _, (q, k, v) = packed()
     gradients(backend.attend, q, k, v, 5)
@@ -87,11 +141,12 @@ def test_what_a_kernel_cannot_take_is_copied(backend, spoil):
     torch.testing.assert_close(gradients(backend.attend, view, k, v, 0), gradients(backend.attend, q, k, v, 0))
 
 
-def test_the_compiler_traces_through(backend):
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_compiler_traces_through(backend, apart):
     """No graph break."""
 
     def function(x):
-        return backend.attend(*views(x), 5)
+        return within(backend.attend, DOCUMENTS if apart else None)(*views(x), 5)
 
     results = []
     for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)):
@@ -112,6 +167,11 @@ def test_fake_implementations_are_right(backend):
     out, lse = ops[0](q, k, v, 5)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops[1], (q, k, v, out, lse, out, 5), test_utils=tests)
+    ops = getattr(torch.ops.epigram, f"{name}_varlen_forward"), getattr(torch.ops.epigram, f"{name}_varlen_backward")
+    starts = _flash.segments(DOCUMENTS, 37)
+    torch.library.opcheck(ops[0], (*inputs, 5, *starts))
+    out, lse = ops[0](q, k, v, 5, *starts)
+    torch.library.opcheck(ops[1], (q, k, v, out, lse, out, 5, *starts[:2]), test_utils=tests)
 
 
 def request_of(capability=(9, 0), **changes) -> Request:
@@ -148,6 +208,11 @@ def test_check_says_what_flash3_was_built_without(install):
     assert check(request_of()).endswith("built without gradients and windows")
     assert check(request_of(window=0, backward=False)) is None
     assert check(request_of(window=0, backward=False, dtype=torch.float16)).endswith("built without float16")
+    config.CONFIG = {"build_flags": {"FLASHATTENTION_DISABLE_VARLEN": True}}
+    install(flash_attn_3("operators") | {"flash_attn_config": config})
+    check = plugin.load(PACKAGE, "flash3").check
+    assert check(request_of()) is None
+    assert check(request_of(documents=True)).endswith("built without sequences of different lengths")
 
 
 def test_check_says_what_an_old_flash3_lacks(install):

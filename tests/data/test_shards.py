@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from epigram.data.files import remove_stale
 from epigram.data.shards import ShardWriter, header_bytes, open_shard, shard_name, write_shard
 from epigram.errors import DataError
 
@@ -73,6 +76,22 @@ def test_writer_cuts_the_stream_anywhere(tmp_path_factory, parts: list[list[int]
     assert [token for shard in shards for token in open_shard(shard.path, "val").read().tolist()] == stream
     assert all(shard.num_tokens == shard_tokens for shard in shards[:-1])
     assert {file.name for file in folder.iterdir()} == {shard.path.name for shard in shards}
+
+
+def test_what_a_killed_process_left_is_removed_and_no_more(tmp_path: Path) -> None:
+    """Of the same file, and of processes that are gone; a running one may still be writing."""
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone = int(done.stdout)
+    names = [
+        f".a.json.{gone}.partial",
+        f".b.json.{gone}.partial",
+        f".a.json.{os.getpid()}.partial",
+        ".a.json.x.partial",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"{")
+    remove_stale(tmp_path / "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_an_error_leaves_no_partial_file(tmp_path: Path) -> None:

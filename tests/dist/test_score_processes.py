@@ -35,3 +35,23 @@ def test_processes_share_a_score(finished: Path, data_path: Path) -> None:
             # Windows are the same; batches of another size sum products in another order, in float32.
             assert shared[method]["val_nats"] == pytest.approx(row["val_nats"], rel=1e-6)
             assert (shared[method]["tokens"], shared[method]["bytes"]) == (row["tokens"], row["bytes"])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lora"])
+def test_processes_learn_together(finished: Path, data_path: Path, kind: str) -> None:
+    """Gradients of chunks are summed, documents are dealt out; the plain score beside it says what was gained."""
+    changes = (
+        "score.adapt.sgd.chunk_tokens=256", "score.adapt.sgd.epochs=1", "score.adapt.sgd.lr=0.02",
+        "score.adapt.lora.rank=2", "score.adapt.lora.chunk_tokens=32", "score.adapt.lora.lr=0.01",
+        "score.adapt.lora.num_documents=4",
+    )  # fmt: skip
+    settings = [word for change in changes for word in ("--set", change)]
+    fixed = (str(finished), "--data", str(data_path), "--adapt", kind, "--max-tokens", "1500", "--seq-len", "64")
+    alone = score(1, *fixed, *settings)
+    assert set(alone) == {"sliding", f"adapted_{kind}"}
+    assert abs(alone[f"adapted_{kind}"]["gain_bpb"]) > 1e-3, "it does learn"
+    for processes in (2, 3):
+        shared = score(processes, *fixed, *settings)
+        for method, row in alone.items():
+            assert shared[method]["val_nats"] == pytest.approx(row["val_nats"], rel=2e-5)
+            assert (shared[method]["tokens"], shared[method]["bytes"]) == (row["tokens"], row["bytes"])

@@ -8,7 +8,8 @@ import torch
 from golden_model import CONFIG, golden_model
 
 from epigram.evaluation import probes, scorer
-from epigram.evaluation.adapt import AdaptConfig, SgdAdapter, chunks
+from epigram.evaluation.adapt import SgdAdapter, chunks
+from epigram.evaluation.adapt_config import SgdConfig
 from epigram.evaluation.windows import Method, StreamingConfig, plan_windows
 from epigram.model.gpt import GPT
 
@@ -17,7 +18,7 @@ SEQ_LEN, CHUNK = 16, 48
 SLIDING = Method(name="sliding", seq_len=SEQ_LEN, stride=4)
 BLOCKS = Method(name="blocks", seq_len=SEQ_LEN, stride=SEQ_LEN)
 STREAMING = Method(name="streaming", seq_len=SEQ_LEN, stride=1, streaming=StreamingConfig(segment_tokens=40, overlap=1))
-CONFIG_FAST = AdaptConfig(lr=0.5, chunk_tokens=CHUNK, num_rows=2, epochs=2)
+CONFIG_FAST = SgdConfig(lr=0.5, chunk_tokens=CHUNK, num_rows=2, epochs=2)
 
 
 def stream(num_tokens: int) -> np.ndarray:
@@ -140,4 +141,4 @@ def test_processes_share_the_rows(world_size: int) -> None:
 
 def test_bad_settings_are_refused_together() -> None:
     with pytest.raises(ValueError, match=r"epochs = 0.*lr = -1"):
-        AdaptConfig(epochs=0, lr=-1)
+        SgdConfig(epochs=0, lr=-1)

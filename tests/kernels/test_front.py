@@ -20,10 +20,13 @@ def sizes(place: Place) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("with_extra", [False, True])
-@pytest.mark.parametrize("with_gate", [False, True])
-def test_enter(place: Place, fused, with_extra: bool, with_gate: bool):
+@pytest.mark.parametrize(("with_gate", "reset_id"), [(False, -1), (True, -1), (True, 3), (True, 0)])
+def test_enter(place: Place, fused, with_extra: bool, with_gate: bool, reset_id: int):
+    """reset_id: a token that nothing is mixed into, at the first and the last position and next to itself too."""
     batch, length, vocab_size, width = sizes(place)
     tokens = place.tokens(vocab_size, batch, length)
+    if reset_id >= 0:
+        tokens[:, [0, 4, 5, length - 1]] = reset_id
     tensors = {"embed": place.normal(vocab_size, width, seed=1, dtype=torch.float32)}
     if with_extra:
         tensors["extra"] = place.normal(batch, length, width, seed=2)
@@ -31,7 +34,7 @@ def test_enter(place: Place, fused, with_extra: bool, with_gate: bool):
         tensors["gate"] = place.normal(width, seed=3, dtype=torch.float32).sigmoid()
 
     def of(module, dtype):
-        return lambda embed, extra=None, gate=None: module.enter(tokens, embed, extra, gate, dtype)
+        return lambda embed, extra=None, gate=None: module.enter(tokens, embed, extra, gate, dtype, reset_id)
 
     compare(of(fused, place.dtype), of(plain, place.dtype), of(plain, torch.float64), tensors, place.dtype)
 

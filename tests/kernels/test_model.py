@@ -59,6 +59,7 @@ VARIANTS = {
         "num_layers": 3, "num_kv_heads": 1, "bigram_buckets": 0, "value_embed_layers": (), "smear": False,
         "xsa_layers": (0, 1, 2), "backout_layer": 1,
     },
+    "isolated documents": {"documents": "isolated", "bos_id": 7},
 }  # fmt: skip
 
 
@@ -131,6 +132,8 @@ def _joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_every_technique(place: Place, name: str, monkeypatch):
     model = model_of(replace(TINY, **VARIANTS[name]), place)
     batches = [place.tokens(50, 2, 22, seed=seed) for seed in range(2)]
+    for tokens in batches:
+        tokens[:, [5, 9, 10]] = 7  # begins a document where documents are isolated
     check(model, place, kernels_here(place, monkeypatch), trained, batches)
 
 
@@ -174,10 +177,13 @@ def test_scoring(place: Place, last: int | None, backout: int, monkeypatch):
 
 
 @BEST_PRECISION
-def test_streaming(place: Place, monkeypatch):
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_streaming(place: Place, documents: str, monkeypatch):
     """Chunk after chunk through a cache."""
     monkeypatch.setattr(gpt, "_FEW", 1)
-    model = model_of(published(place), place)
+    model = model_of(replace(published(place), documents=documents, bos_id=7), place)
+    tokens = batch(place, model.config)
+    tokens[:, [3, 7, 8, 15]] = 7
     model.attend_window = model.attend = sdpa.attend
 
     def streamed(model: GPT, tokens: Tensor, kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -188,7 +194,7 @@ def test_streaming(place: Place, monkeypatch):
             found = [model.nll(*chunk, cache=cache) for chunk in zip(*pieces, strict=True)]
         return {"nats": torch.cat(found, dim=1)}
 
-    check(model, place, kernels_here(place, monkeypatch), streamed, [batch(place, model.config)])
+    check(model, place, kernels_here(place, monkeypatch), streamed, [tokens])
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """A small text, the data made of it, and a run of recipe `smoke` on them, for the tests of run/, cli/ and dist/."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,14 @@ def make_session(data: DataFolder, *overrides: str) -> Session:
     return build_session(short(*overrides), data, Context())
 
 
+def python_alone(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Another Python that does not find this package by a path of ours, on one thread as the tests are: the order of
+    sums decides the last bits."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the workers of one test run have in common."""
@@ -91,8 +102,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _is_worker() -> bool:
-    import os
-
     return "PYTEST_XDIST_WORKER" in os.environ
 
 

@@ -56,6 +56,7 @@ def test_every_backend_is_explained(no_flash):
         "precision": f"float32: {capability.support('cpu').precision_reason}",
         "compile": "on: torch.compile writes C++ for it",
         "Triton kernels": "off: Triton compiles for GPUs; on a CPU its interpreter is for tests",
+        "float8 products": "off unless run.float8=true, rounded and multiplied in float32: slower than without",
         **{
             f"{name}, {kind}": words
             for kind in ("full", "windowed")

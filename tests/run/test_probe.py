@@ -11,10 +11,13 @@ import torch
 from epigram.data.dataset import DataFolder
 from epigram.data.tokenizer import Tokenizer
 from epigram.dist.context import Context
-from epigram.evaluation import passes, probes, windows
+from epigram.evaluation import passes, probes, scorer, windows
 from epigram.evaluation.bpb import Score
 from epigram.evaluation.probes import Finding
 from epigram.evaluation.windows import METHODS, Method, StreamingConfig
+from epigram.kernels.base import PLAIN
+from epigram.kernels.front import smear
+from epigram.model import gpt
 from epigram.model.cache import Cache
 from epigram.model.gpt import GPT
 from epigram.run import probe as module
@@ -37,13 +40,21 @@ def model(finished: Path) -> GPT:
     return load_model(finished, "cpu").gpt
 
 
-def probed(losses: Losses, data: DataFolder, name: str) -> dict[str, Finding]:
-    found = probe(losses, data, method(name), CONTEXT, dtype=torch.float32, batch_tokens=128)
+@pytest.fixture
+def isolated(model: GPT) -> GPT:
+    """The same weights, in a model that keeps documents apart."""
+    apart = GPT(replace(model.config, documents="isolated"))
+    apart.load_state_dict(model.state_dict())
+    return apart.requires_grad_(False)
+
+
+def probed(losses: Losses, data: DataFolder, name: str, isolated: bool = False) -> dict[str, Finding]:
+    found = probe(losses, data, method(name), CONTEXT, dtype=torch.float32, batch_tokens=128, isolated=isolated)
     return {finding.name: finding for finding in found}
 
 
-def failed(losses: Losses, data: DataFolder, name: str) -> set[str]:
-    return {finding.name for finding in probed(losses, data, name).values() if not finding.passed}
+def failed(losses: Losses, data: DataFolder, name: str, isolated: bool = False) -> set[str]:
+    return {finding.name for finding in probed(losses, data, name, isolated).values() if not finding.passed}
 
 
 def honest(model: GPT) -> Losses:
@@ -70,6 +81,60 @@ def test_an_honest_score_passes(model: GPT, data: DataFolder, name: str) -> None
     assert [finding.detail for finding in found.values() if not finding.passed] == []
     assert len(found) == 5
     check({name: list(found.values())})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_isolated_documents_pass(isolated: GPT, data: DataFolder, name: str) -> None:
+    found = probed(honest(isolated), data, name, isolated=True)
+    assert [finding.detail for finding in found.values() if not finding.passed] == []
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_promise_that_is_not_kept_is_caught(model: GPT, data: DataFolder, name: str) -> None:
+    assert failed(honest(model), data, name, isolated=True) == {"isolation"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("through", ["smear", "bigram", "attention"])
+def test_documents_that_leak_by_one_way_alone_are_caught(
+    isolated: GPT, data: DataFolder, through: str, name: str, monkeypatch
+) -> None:
+    """And nothing else is wrong with such a model."""
+    if through == "smear":
+        isolated.kernels = replace(PLAIN, enter=lambda *arguments: PLAIN.enter(*arguments[:5]))
+        monkeypatch.setattr(gpt, "smear", lambda x, gate, before, starts: smear(x, gate, before))
+    elif through == "bigram":
+        isolated.bigram._reset_id = -1
+    else:
+        monkeypatch.setattr(gpt, "within", lambda attend, reach: attend)
+    assert failed(honest(isolated), data, name, isolated=True) == {"isolation"}
+
+
+@pytest.mark.parametrize("forgets", ["where the document began", "that it began with the chunk"])
+def test_a_cache_that_leaks_between_documents_is_caught(isolated: GPT, data: DataFolder, forgets: str) -> None:
+    """A document that lies in two chunks sees in the second one what its first one was kept from; or the first of a
+    chunk gets the embedding before it."""
+
+    class Leaky(Cache):
+        def advance(self, tokens, reach):
+            super().advance(tokens, reach)
+            self.reach = torch.full_like(self.reach, self.position - 1)
+
+    def stream(how):
+        cache = Leaky(isolated.config, how.seq_len)
+        if forgets == "where the document began":
+            return partial(isolated.nll, cache=cache)
+        cache = Cache(isolated.config, how.seq_len)
+
+        def step(inputs, targets):
+            begun, cache.previous_embedding = inputs[:, 0] == isolated.config.bos_id, cache.previous_embedding
+            hint = 0.0 if cache.previous_embedding is None else 1e-3 * cache.previous_embedding.sum(-1)
+            return isolated.nll(inputs, targets, cache=cache) + hint * begun[:, None]
+
+        return step
+
+    assert failed(replace(honest(isolated), stream=stream), data, "streaming", isolated=True) == {"isolation"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -150,6 +215,40 @@ def test_a_tail_that_is_scored_twice_is_caught(model: GPT, data: DataFolder, mon
     )
     times = subject.times(tokens)
     assert not probes.once(lambda t: Score(1.0, 100, 1), lambda t: times, tokens).passed
+
+
+@pytest.mark.parametrize("fault", ["the tail twice", "one token never", "one process's tokens twice"])
+def test_what_is_counted_wrong_is_found_and_not_a_crash(model: GPT, data: DataFolder, fault: str, monkeypatch) -> None:
+    """Scores of single tokens, which other probes ask for, refuse such a plan."""
+    honest_rows, honest_share = passes._rows, windows.rank_share
+
+    def rows(part, size):
+        found, skipped = honest_rows(part, size)
+        if fault == "the tail twice":
+            return found, np.minimum(skipped, SEQ_LEN - 8)
+        return found, np.where(skipped == 0, 1, skipped) if fault == "one token never" else skipped
+
+    def sums(*arguments):
+        nats, counted = scorer_sums(*arguments)
+        return nats, counted + (fault == "one process's tokens twice")
+
+    scorer_sums = scorer.sum_losses
+    monkeypatch.setattr(passes, "_rows", rows)
+    monkeypatch.setattr(scorer, "sum_losses", sums)
+    assert honest_share is windows.rank_share
+    assert failed(honest(model), data, "sliding") == {"each token once"}
+
+
+def test_a_change_that_does_not_show_by_chance_is_no_failure() -> None:
+    """Two tokens of which one costs as much as the other, and a text in which nothing costs anything else."""
+    nats = np.array([1, 1, 2, 3, 5, 8], np.float32)
+
+    def score(tokens):
+        return nats[tokens[1:].astype(int)]
+
+    tokens = np.array([0, 3, 0, 4], np.uint16)  # changing token 2 from 0 to 1 changes no score
+    assert probes.causality(score, tokens, [1, 2, 3], 6).passed
+    assert not probes.causality(lambda tokens: np.where(tokens[1:] == 4, 2, 1), tokens, [1, 2], 4).passed
 
 
 def test_tokens_left_out_are_caught() -> None:

@@ -12,6 +12,12 @@ are w + 1 keys (the convention of the FlashAttention family); 0 means the whole 
 larger tensor. A backend whose backward pass is quicker with as many key/value heads as query heads sets
 `attend.equal_heads = True`: kernels that write the heads anyway then write them repeated.
 
+Within documents: `attend.within(reach)` is the same function for tokens whose documents are kept apart. `reach`
+(B, T) int32 says how many positions before its own the document of each position goes back, so t sees keys t - reach..t
+of those that the window leaves; the queries are its last Tq positions. It is a tensor, because it changes from batch to
+batch where a shape may not. What layers share is made when `within` is called, or at the first of them. A backend that
+cannot keep documents apart has no `within`.
+
 "auto" takes the fastest of the backends that can serve the request, as `measure` finds them, and without one the first
 in the order of `epigram.capability`.
 """
@@ -19,6 +25,7 @@ in the order of `epigram.capability`.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +50,7 @@ class Request:
 
     capability: the CUDA compute capability (major, minor), None elsewhere. compiled: called inside a compiled graph.
     backward: gradients are needed, which is not so for scoring. longer_keys: many queries follow keys of before, as in
-    a streaming score (a few queries of a generation every backend must serve).
+    a streaming score (a few queries of a generation every backend must serve). documents: they are kept apart.
     """
 
     device_type: str
@@ -56,6 +63,7 @@ class Request:
     compiled: bool = False
     backward: bool = True
     longer_keys: bool = False
+    documents: bool = False
 
 
 Measure = Callable[[Mapping[str, Attend], Request], Mapping[str, float]]
@@ -85,12 +93,23 @@ def expand_heads(k: Tensor, num_heads: int) -> Tensor:
     return k if groups == 1 else k.repeat_interleave(groups, dim=2)
 
 
-def band_mask(num_queries: int, num_keys: int, window: int, device: torch.device | str) -> Tensor:
-    """(Tq, Tk) bool, True where the query may see the key."""
+def within(attend: Attend, reach: Tensor | None) -> Attend:
+    """`attend` within documents; as it is for None. Backends without `within` have been refused before."""
+    if reach is None:
+        return attend
+    make: Callable[[Tensor], Attend] = attend.within  # type: ignore[attr-defined]
+    return make(reach)
+
+
+def band_mask(
+    num_queries: int, num_keys: int, window: int, device: torch.device | str, reach: Tensor | None = None
+) -> Tensor:
+    """(Tq, Tk) bool, True where the query may see the key; with `reach` (B, T) one for each row, (B, Tq, Tk)."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     key = torch.arange(num_keys, device=device)[None, :]
     visible = key <= query
-    return visible & (key >= query - window) if window else visible
+    visible = visible & (key >= query - window) if window else visible
+    return visible if reach is None else visible & (key >= query - reach[:, -num_queries:, None])
 
 
 def usable(request: Request) -> dict[str, str | None]:
@@ -110,9 +129,15 @@ def why_not_heads(name: str, request: Request, most_head_dim: int) -> str | None
 def why_not(name: str, request: Request) -> str | None:
     """Why backend `name` cannot serve `request`, in a sentence; None when it can."""
     try:
-        reason: str | None = plugin.load(PACKAGE, name).check(request)
+        return _reason(plugin.load(PACKAGE, name), name, request)
     except UserError as error:  # its library is not installed, or does not load
         return str(error)
+
+
+def _reason(module: Any, name: str, request: Request) -> str | None:
+    reason: str | None = module.check(request)
+    if reason is None and request.documents and not hasattr(module.attend, "within"):
+        return f"{name} cannot keep documents apart: it sees whole windows"
     return reason
 
 
@@ -125,7 +150,9 @@ def candidates(request: Request) -> tuple[str, ...]:
     row = support(request.device_type, request.capability)
     known = {ORACLE}.union(*((*any_row.full, *any_row.windowed) for any_row in rows()))
     added = [name for name in plugin.names(PACKAGE) if name not in known]
-    reasons = {name: why_not(name, request) for name in (*(row.windowed if request.window else row.full), *added)}
+    # Documents leave as little to see as a window does: what skips the rest comes first.
+    ordered = row.windowed if request.window or request.documents else row.full
+    reasons = {name: why_not(name, request) for name in (*ordered, *added)}
     found = tuple(name for name, reason in reasons.items() if reason is None)
     if not found:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -157,7 +184,7 @@ def choose(name: str, request: Request, measure: Measure | None = None) -> Choic
 
 def _load(name: str, request: Request) -> Attend:
     module = plugin.load(PACKAGE, name)
-    if reason := module.check(request):
+    if reason := _reason(module, name, request):
         raise UserError(f"attention = {name!r} cannot be used here: {reason}")
     attend: Attend = module.attend
     return attend

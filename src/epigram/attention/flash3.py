@@ -31,6 +31,7 @@ except ImportError:  # earlier releases do not say
 _MOST_HEAD_DIM = 256
 _FORWARD = ("q", "k", "v", "softmax_scale", "causal", "num_splits")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale")
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")  # both take these within documents
 
 
 def check(request: Request) -> str | None:
@@ -40,12 +41,13 @@ def check(request: Request) -> str | None:
     if request.capability[0] != 9:
         major, minor = request.capability
         return f"flash3 is for Hopper GPUs, this one has compute capability {major}.{minor}"
-    return why_not_heads("flash3", request, _MOST_HEAD_DIM) or _why_old() or _left_out(request)
+    return why_not_heads("flash3", request, _MOST_HEAD_DIM) or _why_old(request.documents) or _left_out(request)
 
 
-def _why_old() -> str | None:
+def _why_old(documents: bool) -> str | None:
     """What the installed module lacks of the interface that is used here."""
-    for name, needed in (("_flash_attn_forward", _FORWARD), ("_flash_attn_backward", _BACKWARD)):
+    more = _LENGTHS if documents else ()
+    for name, needed in (("_flash_attn_forward", _FORWARD + more), ("_flash_attn_backward", _BACKWARD + more)):
         function = getattr(flash_attn_interface, name, None)
         there = _parameters(function) if function is not None else {}
         missing = [parameter for parameter in needed if parameter not in there]
@@ -64,6 +66,7 @@ def _left_out(request: Request) -> str | None:
         "FLASHATTENTION_DISABLE_BACKWARD": ("gradients", request.backward),
         "FLASHATTENTION_DISABLE_LOCAL": ("windows", request.window > 0),
         "FLASHATTENTION_DISABLE_FP16": ("float16", request.dtype == torch.float16),
+        "FLASHATTENTION_DISABLE_VARLEN": ("sequences of different lengths", request.documents),
     }
     missing = [what for flag, (what, needed) in needs.items() if needed and flags.get(flag)]
     return f"the installed FlashAttention 3 was built without {' and '.join(missing)}" if missing else None
@@ -103,4 +106,24 @@ def _backward(
     function(**_arguments(function, window, softmax_scale=q.shape[-1] ** -0.5, **tensors))
 
 
-attend = register("flash3", _forward, _backward)
+def _varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int
+) -> tuple[Tensor, Tensor]:
+    function = flash_attn_interface._flash_attn_forward
+    lengths = dict(zip(_LENGTHS, (starts_q, starts_k, longest_q, longest_k), strict=True))
+    arguments = _arguments(function, window, q=q, k=k, v=v, softmax_scale=q.shape[-1] ** -0.5, **lengths)
+    out, lse, *_ = function(**arguments)
+    return out, lse
+
+
+def _varlen_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
+    dq: Tensor, dk: Tensor, dv: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
+) -> None:  # fmt: skip
+    function = flash_attn_interface._flash_attn_backward
+    tensors = dict(dout=grad, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv)
+    lengths = dict(zip(_LENGTHS, (starts_q, starts_k, longest_q, longest_k), strict=True))
+    function(**_arguments(function, window, softmax_scale=q.shape[-1] ** -0.5, **tensors, **lengths))
+
+
+attend = register("flash3", _forward, _backward, _varlen_forward, _varlen_backward)

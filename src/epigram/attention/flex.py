@@ -1,14 +1,15 @@
 """Attention through `torch.nn.attention.flex_attention`: whole tiles outside the window are never touched (CUDA).
 
 The tile map of a causal band has a closed form, so it is built from a few small tensors inside the compiled graph
-instead of by evaluating the mask at every pair of positions.
+instead of by evaluating the mask at every pair of positions. Documents keep it closed: the first key that a query may
+see never moves back from one query to the next, so a row of tiles is decided by its first and its last query.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from epigram.attention.base import Request
+from epigram.attention.base import Attend, Request
 
 _TILE = 128
 
@@ -28,22 +29,40 @@ def check(request: Request) -> str | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """See `epigram.attention.base`."""
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    mask = block_mask(num_queries, num_keys, window, q.device)
+    return _attend(q, k, v, window, None)
+
+
+def within(reach: Tensor) -> Attend:
+    """See `epigram.attention.base`."""
+    return lambda q, k, v, window: _attend(q, k, v, window, reach)
+
+
+attend.within = within  # type: ignore[attr-defined]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
+    mask = block_mask(q.shape[1], k.shape[1], window, q.device, reach)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
 
 
-def block_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> BlockMask:
-    """The tiles of a causal band of `window` (0: the whole prefix): which are computed, and which need no mask."""
+def block_mask(
+    num_queries: int, num_keys: int, window: int, device: torch.device, reach: Tensor | None = None
+) -> BlockMask:
+    """The tiles of a causal band of `window` (0: the whole prefix): which are computed, and which need no mask.
+
+    With `reach` (B, T), see `epigram.attention.base`, each sequence has tiles of its own.
+    """
     offset = num_keys - num_queries
+    reach = None if reach is None else reach[:, -num_queries:]
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         position = query + offset
         inside = key <= position
-        return inside & (key >= position - window) if window else inside
+        inside = inside & (key >= position - window) if window else inside
+        return inside if reach is None else inside & (key >= position - reach[batch, query])
 
     rows = torch.arange(-(-num_queries // _TILE), device=device)[:, None]
     columns = torch.arange(-(-num_keys // _TILE), device=device)[None, :]
@@ -55,6 +74,11 @@ def block_mask(num_queries: int, num_keys: int, window: int, device: torch.devic
     if window:
         touched = touched & (right >= first - window)
         full = full & (left >= last - window)
+    if reach is not None:
+        first_reach = reach[:, ::_TILE, None]  # of the first query of each row of tiles, (B, rows, 1)
+        last_reach = reach.index_select(1, (last[:, 0] - offset))[..., None]
+        touched = touched & (right >= first - first_reach)
+        full = full & (left >= last - last_reach)
     partial = touched & ~full
     return BlockMask.from_kv_blocks(
         *_ordered(partial),
@@ -66,7 +90,11 @@ def block_mask(num_queries: int, num_keys: int, window: int, device: torch.devic
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of chosen tiles in each row, and their columns first: (1, 1, rows) and (1, 1, rows, columns) int32."""
+    """Number of chosen tiles in each row, and their columns first: (B, 1, rows) and (B, 1, rows, columns) int32.
+
+    tiles: (rows, columns), the same for all sequences, or (B, rows, columns).
+    """
+    tiles = tiles if tiles.dim() == 3 else tiles[None]
     count = tiles.sum(-1, dtype=torch.int32)
     order = torch.argsort(tiles.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return count[None, None], order[None, None]
+    return count[:, None], order[:, None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from epigram.attention.base import Request, band_mask, expand_heads
+from epigram.attention.base import Attend, Request, band_mask, expand_heads
 
 
 def check(request: Request) -> str | None:
@@ -13,9 +13,22 @@ def check(request: Request) -> str | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """See `epigram.attention.base`."""
+    return _attend(q, k, v, window, None)
+
+
+def within(reach: Tensor) -> Attend:
+    """See `epigram.attention.base`."""
+    return lambda q, k, v, window: _attend(q, k, v, window, reach)
+
+
+attend.within = within  # type: ignore[attr-defined]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = (expand_heads(x, q.shape[2]).to(wide) for x in (k, v))
     logits = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) * q.shape[-1] ** -0.5
-    visible = band_mask(q.shape[1], k.shape[1], window, q.device)
+    visible = band_mask(q.shape[1], k.shape[1], window, q.device, reach)
+    visible = visible if reach is None else visible[:, None]
     weights = torch.softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, values).to(q.dtype)

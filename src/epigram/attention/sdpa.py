@@ -2,7 +2,8 @@
 
 Without a window torch chooses among its kernels, cuDNN included where torch finds it faster (the backend `cudnn` takes
 it always). A window much shorter than the sequence is served in blocks: queries of block i (as long as the window) see
-keys of blocks i-1 and i only, so that time and memory grow with T * window instead of T * T.
+keys of blocks i-1 and i only, so that time and memory grow with T * window instead of T * T. Documents are kept apart
+by a mask for each sequence, B * T * T bytes for full attention: right everywhere, and fast nowhere.
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from epigram.attention.base import HALF_PRECISIONS, Request, band_mask, expand_heads
+from epigram.attention.base import HALF_PRECISIONS, Attend, Request, band_mask, expand_heads
 
 # Not cuDNN: given a mask, its backward may return NaN at lengths that leave 64 when divided by 128 (torch issue
 # 196678).
@@ -24,22 +25,36 @@ def check(request: Request) -> str | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """See `epigram.attention.base`."""
+    return _attend(q, k, v, window, None)
+
+
+def within(reach: Tensor) -> Attend:
+    """See `epigram.attention.base`."""
+    return lambda q, k, v, window: _attend(q, k, v, window, reach)
+
+
+attend.within = within  # type: ignore[attr-defined]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     num_queries = q.shape[1]
+    reach = None if reach is None else reach[:, -num_queries:]
     if window and k.shape[1] > num_queries + window:  # keys before every query's window
         k, v = k[:, -(num_queries + window) :], v[:, -(num_queries + window) :]
     num_keys = k.shape[1]
     if window >= num_keys:
         window = 0
-    if num_queries == num_keys and not window:
+    if reach is None and num_queries == num_keys and not window:
         return _call(q, k, v, None, causal=True)
     if window and num_queries >= 2 * window:
-        return _banded(q, k, v, window)
-    if num_queries == 1:  # the keys that are left are all visible
+        return _banded(q, k, v, window, reach)
+    if reach is None and num_queries == 1:  # the keys that are left are all visible
         return _call(q, k, v, None, causal=False)
-    return _call(q, k, v, band_mask(num_queries, num_keys, window, q.device), causal=False)
+    return _call(q, k, v, band_mask(num_queries, num_keys, window, q.device, reach), causal=False)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+    """mask: (Tq, Tk), or (B, Tq, Tk)."""
     # Only the flash and cuDNN kernels share keys between heads by themselves; elsewhere grouped heads would fall to the
     # generic path, which writes out all logits, and repeating the heads is cheaper.
     shares = q.device.type == "cuda" and mask is None and q.dtype in HALF_PRECISIONS
@@ -51,16 +66,20 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool)
     if mask is None:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    mask = mask if mask.dim() == 2 else mask[:, None]
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     with sdpa_kernel(_WITH_MASK):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Blocks of `window` positions as a batch, all with one mask; the first block, with what lies before it, alone."""
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
+    """Blocks of `window` positions as a batch, with one mask, or one each with `reach`; the first block, with what lies
+    before it, alone."""
     length, before = q.shape[1], k.shape[1] - q.shape[1]  # at most `window` keys before the first query
-    mask = band_mask(window, before + window, window, q.device) if before else None
+    mask = None
+    if before or reach is not None:
+        mask = band_mask(window, before + window, window, q.device, None if reach is None else reach[:, :window])
     first = _call(q[:, :window], k[:, : before + window], v[:, : before + window], mask, causal=mask is None)
     k, v = k[:, before:], v[:, before:]
     num_blocks = -(-length // window)
@@ -72,7 +91,9 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def with_previous(x: Tensor) -> Tensor:
         return torch.cat([blocks(x)[:, :-1], blocks(x)[:, 1:]], dim=2).flatten(0, 1)
 
-    mask = band_mask(window, 2 * window, window, q.device)
+    if reach is not None:
+        reach = F.pad(reach, (0, num_blocks * window - length)).unflatten(1, (num_blocks, window))[:, 1:].flatten(0, 1)
+    mask = band_mask(window, 2 * window, window, q.device, reach)
     out = _call(blocks(q)[:, 1:].flatten(0, 1), with_previous(k), with_previous(v), mask, causal=False)
     rest = out.unflatten(0, (-1, num_blocks - 1)).flatten(1, 2)
     return torch.cat([first, rest[:, : length - window]], dim=1)

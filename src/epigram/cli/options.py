@@ -28,13 +28,15 @@ def json_option() -> Decorator:
     return click.option("--json", "as_json", is_flag=True, help="End with one line of JSON on standard output.")
 
 
-def set_option() -> Decorator:
+def set_option(
+    help_: str = "Change one setting of the recipe, e.g. --set budget.train_s=60 (repeatable).",
+) -> Decorator:
     return click.option(
         "--set",
         "overrides",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Change one setting of the recipe, e.g. --set budget.train_s=60 (repeatable).",
+        help=help_,
     )
 
 

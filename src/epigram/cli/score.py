@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from epigram.cli.options import data_option, device_option, finish, json_option
+from epigram.cli.options import data_option, device_option, finish, json_option, set_option
 
 
 @click.command("score")
@@ -29,6 +29,11 @@ from epigram.cli.options import data_option, device_option, finish, json_option
     help="Tokens in a forward: speed, not score.",
 )
 @click.option("--probe", is_flag=True, help="First put the scorer and the model to the test; fail if either cheats.")
+@click.option("--adapt", type=click.Choice(["sgd", "lora"]),
+              help="Score besides while the model learns from what is scored: all weights, chunk by chunk, or adapters "
+              "of each document; by default beside method sliding alone.")  # fmt: skip
+@set_option("Change one setting of --adapt or the time it may take, e.g. --set score.adapt.sgd.lr=0.001 or "
+            "--set budget.score_s=600 (repeatable).")  # fmt: skip
 @device_option()
 @json_option()
 def command(
@@ -43,13 +48,17 @@ def command(
     split: str,
     batch_tokens: int,
     probe: bool,
+    adapt: str | None,
+    overrides: tuple[str, ...],
     device: str,
     as_json: bool,
 ) -> None:
     """Score MODEL (a packed file, a run folder or a checkpoint) on the validation split of --data."""
+    from epigram.config import parse_adapt
     from epigram.evaluation.windows import StreamingConfig
     from epigram.run.score import score_model
 
+    settings, limit_s = parse_adapt(adapt or "none", overrides)
     given: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
     result = score_model(
         model,
@@ -63,5 +72,7 @@ def command(
         batch_tokens=batch_tokens,
         device=device,
         with_probes=probe,
+        adapt=settings,
+        limit_s=limit_s,
     )
     finish(result, as_json)

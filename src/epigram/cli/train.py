@@ -46,6 +46,7 @@ def command(
         launch(gpus, None if resume else recipe or "demo", overrides)
         return
     from epigram.run.job import run_job
+    from epigram.run.submission.bundle import reserve_warning
 
     result = run_job(
         recipe or "demo",
@@ -55,5 +56,6 @@ def command(
         until=until,
         resume=resume,
         device=device,
+        warn=reserve_warning,
     )
     finish(result, as_json)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import sys
@@ -39,6 +40,24 @@ def remove_half_written(folder: Path) -> None:
     """Remove what `written_beside` left in a folder when its process was killed; nobody may be writing there."""
     for leftover in folder.glob(".*.partial"):
         leftover.unlink(missing_ok=True)
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what `written_beside` left of `path` in processes that are gone; others may be writing there now."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        owner = leftover.name.split(".")[-2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 class Growing:

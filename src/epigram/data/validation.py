@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cattrs
 
-from epigram.data.files import sha256_of, written_beside
+from epigram.data.files import remove_stale, sha256_of, written_beside
 from epigram.data.published import PUBLISHED, Published, made_with
 from epigram.data.shards import Shard
 from epigram.errors import DataError
@@ -92,7 +92,8 @@ def read_fetched(folder: Path) -> Fetched | None:
 
 
 def write_fetched(folder: Path, record: Fetched) -> None:
-    """Write `fetched.json`, complete or not at all."""
+    """Write `fetched.json`, complete or not at all; what killed processes left of theirs is removed."""
+    remove_stale(folder / FETCHED)
     with written_beside(folder / FETCHED) as file:
         file.write((json.dumps(asdict(record), indent=2) + "\n").encode())
 

@@ -7,7 +7,6 @@ Source: parameter-golf #549.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from epigram.evaluation.adapt_config import SgdConfig
 from epigram.evaluation.windows import WindowPlan
 
 
@@ -24,32 +24,6 @@ class Adapter(Protocol):
 
     def learn(self, tokens: NDArray[np.uint16], chunk: int, num_chunks: int) -> None:
         """`tokens` are scored, all but the first in this chunk. Every process is handed the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptConfig:
-    """SGD on each chunk, as #549 does it.
-
-    chunk_tokens: scored before each update. lr: of the first chunk; it falls to 0 at the last along half a cosine.
-    epochs: over the chunk, in rows of the score's seq_len, num_rows of them a step. max_norm: of a step's gradient.
-    """
-
-    chunk_tokens: int = 32_768
-    lr: float = 0.002
-    momentum: float = 0.9
-    epochs: int = 3
-    num_rows: int = 32
-    max_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        numbers = {"chunk_tokens": self.chunk_tokens, "epochs": self.epochs, "num_rows": self.num_rows}
-        bad = [f"{name} = {value} must be at least 1" for name, value in numbers.items() if value < 1]
-        if self.lr <= 0 or self.max_norm <= 0 or not 0 <= self.momentum < 1:
-            bad.append(
-                f"lr = {self.lr} and max_norm = {self.max_norm} must be positive, momentum = {self.momentum} in [0, 1)"
-            )
-        if bad:
-            raise ValueError("; ".join(bad))
 
 
 def chunks(plan: WindowPlan, chunk_tokens: int) -> list[WindowPlan]:
@@ -62,7 +36,8 @@ def chunks(plan: WindowPlan, chunk_tokens: int) -> list[WindowPlan]:
 class SgdAdapter:
     """SGD with momentum on rows of the released tokens, shared by the processes, whose gradients are added up.
 
-    parameters: what is changed, in place. loss: mean nats of (B, T) inputs and targets, with gradients. reduce: adds
+    parameters: what is changed, in place. loss: mean nats of (B, T) inputs and targets, with gradients. layered: of
+    each parameter whether its first dimension counts layers, so that config.frozen_layers holds for it. reduce: adds
     tensors up over the processes, in place; None with one of them.
     """
 
@@ -70,15 +45,17 @@ class SgdAdapter:
         self,
         parameters: Sequence[Tensor],
         loss: Callable[[Tensor, Tensor], Tensor],
-        config: AdaptConfig,
+        config: SgdConfig,
         seq_len: int,
         *,
+        layered: Sequence[bool] = (),
         rank: int = 0,
         world_size: int = 1,
         reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         self._parameters, self._loss, self._config, self._seq_len = list(parameters), loss, config, seq_len
         self._rank, self._world_size, self._reduce = rank, world_size, reduce
+        self._layered = [p for p, has_layers in zip(parameters, layered, strict=False) if has_layers]
         self._optimizer = torch.optim.SGD(self._parameters, lr=config.lr, momentum=config.momentum)
 
     def learn(self, tokens: NDArray[np.uint16], chunk: int, num_chunks: int) -> None:
@@ -106,5 +83,8 @@ class SgdAdapter:
                 parameter.grad = torch.zeros_like(parameter)
         if self._reduce:
             self._reduce([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        for parameter in self._layered:
+            assert parameter.grad is not None
+            parameter.grad[: self._config.frozen_layers] = 0
         torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_norm)
         self._optimizer.step()

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from epigram.byte_tables import ByteTables
 from epigram.evaluation.bpb import Score, count_bytes
 
+_OTHERS = 4  # tokens tried at a place before its score is said not to depend on it: two may cost the same by chance
+
 Tokens = NDArray[np.uint16]
 
 TokenScores = Callable[[Tokens], NDArray[np.float32]]
@@ -37,23 +39,59 @@ class Finding:
 def causality(score: TokenScores, tokens: Tokens, changed: Sequence[int], vocab_size: int) -> Finding:
     """Changing token t changes the score of no token before it; to the last bit, since the shapes are the same.
 
-    changed: places t, from 1 on. At least one of the changes must show at t itself: a score that ignores the text
-    would pass otherwise.
+    changed: places t, from 1 on. One of several changes must show at t itself: a score that ignores the text would pass
+    otherwise.
     """
     before = score(tokens)
     for place in changed:
-        other = tokens.copy()
-        other[place] = (int(other[place]) + 1) % vocab_size
-        after = score(other)
-        wrong = np.flatnonzero(after[: place - 1] != before[: place - 1])
-        if len(wrong):
-            first = int(wrong[0]) + 1
-            difference = float(np.abs(after[wrong] - before[wrong]).max())
-            words = f"changing token {place} changes the score of token {first}, by up to {difference:.2e} nats"
-            return Finding("causality", False, words)
-        if after[place - 1] == before[place - 1]:
+        shows = False
+        for number in range(_OTHERS):
+            other = tokens.copy()
+            other[place] = (int(other[place]) + 1 + number * vocab_size // _OTHERS) % vocab_size
+            after = score(other)
+            wrong = np.flatnonzero(after[: place - 1] != before[: place - 1])
+            if len(wrong):
+                words = f"changing token {place} changes {_worst(before, after, wrong)}"
+                return Finding("causality", False, words)
+            if shows := bool(after[place - 1] != before[place - 1]):
+                break
+        if not shows:
             return Finding("causality", False, f"token {place} costs the same whatever it is: it is not scored")
     return Finding("causality", True, f"{len(changed)} changed tokens of {len(tokens):,} change nothing before them")
+
+
+def isolation(score: TokenScores, tokens: Tokens, bos_id: int, vocab_size: int, most: int) -> Finding:
+    """Changing a document changes no score of another; to the last bit, since the shapes are the same.
+
+    All tokens of a document but its BOS are changed, for `most` of the documents. What may change are their own scores
+    and that of the BOS after them, which is foretold by this document and begins the next.
+    """
+    starts = np.unique([0, *np.flatnonzero(tokens == bos_id).tolist(), len(tokens)])
+    # What is changed needs a token that can be, and another document beside it.
+    spans = [(a, b) for a, b in pairwise(starts.tolist()) if b - a > 1]
+    if len(starts) < 3 or not spans:
+        return Finding("isolation", False, "there are no two documents in the text that was probed")
+    before = score(tokens)
+    for first, end in (spans[i] for i in np.unique(np.linspace(0, len(spans) - 1, most).astype(int))):
+        other = tokens.copy()
+        inside = slice(first + int(tokens[first] == bos_id), end)  # the text may begin in the middle of one
+        changed = (other[inside].astype(np.int64) + 1) % vocab_size
+        other[inside] = np.where(changed == bos_id, (changed + 1) % vocab_size, changed)
+        after, own = score(other), np.zeros(len(before), bool)
+        differs = after != before
+        own[first:end] = True  # the scores of the tokens first + 1..end
+        if len(wrong := np.flatnonzero(differs & ~own)):
+            words = f"changing the document of tokens {first} to {end - 1} changes {_worst(before, after, wrong)}"
+            return Finding("isolation", False, f"{words}, which is in another")
+        if not differs[own].any():
+            words = f"the document of tokens {first} to {end - 1} costs the same whatever it is: it is not scored"
+            return Finding("isolation", False, words)
+    return Finding("isolation", True, f"changed documents of {len(starts) - 1} change no score of another")
+
+
+def _worst(before: NDArray[np.float32], after: NDArray[np.float32], wrong: NDArray[np.int64]) -> str:
+    difference = float(np.abs(after[wrong] - before[wrong]).max())
+    return f"the score of token {int(wrong[0]) + 1}, by up to {difference:.2e} nats"
 
 
 def normalisation(alternatives: Alternatives, contexts: Sequence[Tokens], tolerance: float) -> Finding:
@@ -74,14 +112,14 @@ def once(score: Callable[[Tokens], Score], count: Callable[[Tokens], NDArray[np.
 
     count: how often each was. score: the whole score, whose number of tokens must agree.
     """
-    times, total = count(tokens), score(tokens).tokens
+    times = count(tokens)
     wrong = np.flatnonzero(times != 1)
     if len(times) != len(tokens) - 1 or len(wrong):
         words = (
             f"token {int(wrong[0]) + 1} is scored {int(times[wrong[0]])} times" if len(wrong) else "tokens are missing"
         )
         return Finding("each token once", False, words)
-    if total != len(times):
+    if (total := score(tokens).tokens) != len(times):
         return Finding("each token once", False, f"{total:,} tokens are counted in the score of {len(times):,}")
     return Finding("each token once", True, f"{total:,} tokens")
 

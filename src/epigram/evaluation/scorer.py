@@ -21,6 +21,13 @@ from epigram.progress import Progress
 
 Reduce = Callable[[Tensor], Tensor]  # adds a float64 tensor up over the ranks
 
+Pace = Callable[[float], None]
+"""Is told what share of the work is done, and may raise to end it."""
+
+
+class MiscountError(AssertionError):
+    """Tokens or bytes that were counted twice or not at all: a fault of the scorer, whoever uses it."""
+
 
 def score(
     nll: TokenLoss | OpenStream,
@@ -38,6 +45,7 @@ def score(
     progress: bool = True,
     adapter: Adapter | None = None,
     chunk_tokens: int = 0,
+    pace: Pace | None = None,
 ) -> Score:
     """What `nll` loses on every token of `tokens` but the first, by `method`.
 
@@ -46,6 +54,7 @@ def score(
     (n + 1,) bytes of text that each token stands for, where the tables do not tell. reduce: needed with more than one
     rank to get the whole score; without it the result is this rank's part, and parts add up. batch_tokens: at most this
     many tokens a forward. adapter, chunk_tokens: who learns from each chunk of so many tokens after it was scored.
+    pace: is told after each chunk what share of them is done.
 
     The sum is kept in float64 on the device and read once at the end. Raises DataError when the bytes differ
     from `expected_bytes`, UserError when a loss is not a finite number.
@@ -53,18 +62,16 @@ def score(
     groups = _groups(method.plan(len(tokens) - 1), adapter, chunk_tokens)
     all_bytes = check_bytes(tokens, tables, expected_bytes, byte_counts)
     shares = [rank_share(group, rank, world_size) for group in groups]
-    found = _released(nll, tokens, groups, method, device, batch_tokens, adapter, rank, world_size)
+    found = _released(nll, tokens, groups, method, device, batch_tokens, adapter, rank, world_size, pace)
     total = sum(share.num_scored for share in shares)
     with torch.no_grad(), Progress(f"score {method.name}", total, "tokens") as bar:
         nats, counted = sum_losses(found, device, bar.advance if progress else None)
     own_bytes = sum(count_bytes(tokens, tables, *share.scored, byte_counts) for share in shares)
     num_bytes = torch.tensor(own_bytes, device=nats.device)
     sums = torch.stack([nats, counted.double(), num_bytes.double()])
-    result = _as_score(reduce(sums) if reduce else sums)
-    if reduce or world_size == 1:
-        assert result.tokens == len(tokens) - 1, "every token must be scored once"
-        assert result.bytes == all_bytes, "every byte must be counted once"
-    return result
+    return as_score(
+        reduce(sums) if reduce else sums, (len(tokens) - 1, all_bytes) if reduce or world_size == 1 else None
+    )
 
 
 def token_nlls(
@@ -86,7 +93,8 @@ def token_nlls(
             targets, nats = part.counted()
             found[targets] = nats
             np.add.at(times, targets, 1)
-    assert np.all(times == 1), "every token must be scored once"
+    if len(wrong := np.flatnonzero(times != 1)):
+        raise MiscountError(f"token {int(wrong[0]) + 1} is scored {int(times[wrong[0]])} times")
     return found
 
 
@@ -104,6 +112,7 @@ def _released(
     adapter: Adapter | None,
     rank: int = 0,
     world_size: int = 1,
+    pace: Pace | None = None,
 ) -> Iterator[Part]:
     """This rank's losses, group after group; a group is handed to the adapter when all its losses are out.
 
@@ -118,6 +127,8 @@ def _released(
         if adapter is not None and number < len(groups) - 1:
             first, end = group.scored
             adapter.learn(tokens[first : end + 1].copy(), number, len(groups))
+        if pace is not None:
+            pace((number + 1) / len(groups))
 
 
 def sum_losses(
@@ -136,8 +147,18 @@ def sum_losses(
     return nats, counted
 
 
-def _as_score(sums: Tensor) -> Score:
+def as_score(sums: Tensor, whole: tuple[int, int] | None) -> Score:
+    """The score that nats, tokens and bytes (3,) make. whole: the tokens and bytes that it must have; None for a part.
+
+    Raises UserError when a loss is not a finite number, MiscountError when tokens or bytes are not those.
+    """
     nats, tokens, num_bytes = sums.tolist()
     if not np.isfinite(nats):
         raise UserError(f"the model's loss is {nats}, so it has no score: its weights are damaged or training diverged")
-    return Score(nats, round(tokens), round(num_bytes))
+    found = Score(nats, round(tokens), round(num_bytes))
+    if whole is not None:
+        if found.tokens != whole[0]:
+            raise MiscountError(f"{found.tokens:,} tokens are scored of {whole[0]:,}")
+        if found.bytes != whole[1]:
+            raise MiscountError(f"{found.bytes:,} bytes are counted of {whole[1]:,}")
+    return found

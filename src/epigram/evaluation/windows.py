@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import AdaptConfig
 
 METHODS = ("blocks", "sliding", "streaming")
 _MANY_BATCHES = 8
@@ -99,6 +100,7 @@ class EvalConfig:
     methods: from `METHODS`, each gives a line of the result. seq_len: tokens in a window. stride: tokens
     between windows, and so the number that each window scores, in method sliding. batch_tokens: at most this
     many tokens in one forward (it changes speed and memory, not the score). streaming: of the method of that name.
+    adapt: one more line of the result, of a model that learns from what is scored, beside that of method sliding.
     """
 
     seq_len: int
@@ -106,6 +108,7 @@ class EvalConfig:
     methods: tuple[str, ...] = ("blocks", "sliding")
     batch_tokens: int = 65_536
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
 
     def __post_init__(self) -> None:
         problems = [p for p in map(_unknown_method, self.methods) if p] + _bad_window(self.seq_len, self.stride)
@@ -115,6 +118,12 @@ class EvalConfig:
             problems.append(f"methods names one twice: {', '.join(self.methods)}")
         if "streaming" in self.methods:
             problems += _bad_segments(self.seq_len, self.streaming)
+        if self.adapt.kind != "none" and "sliding" not in self.methods:
+            problems.append(
+                f"adapt.kind = {self.adapt.kind!r} shows the unadapted score of method sliding beside its own: add "
+                'sliding to methods, or set adapt.kind = "none"'
+            )
+        problems += self.adapt.problems(self.seq_len)
         if self.batch_tokens < self.seq_len:
             problems.append(
                 f"batch_tokens = {self.batch_tokens} does not hold one window of seq_len = {self.seq_len}: "

@@ -6,7 +6,7 @@ Each file of this folder describes its operations by plain torch code, which run
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from epigram import plugin
 from epigram.capability import Capability, why_no_triton
 from epigram.errors import UserError
+from epigram.kernels import float8
 from epigram.kernels.choice import CHOICES
 from epigram.kernels.products.base import PACKAGE as PRODUCTS
 from epigram.kernels.products.base import Dims
@@ -57,6 +58,9 @@ def _load(folder: str) -> dict[str, Callable[..., Any]]:
 
 
 PLAIN = Kernels(name="plain", products=None, **_load("epigram.kernels"))
+
+FLOAT8 = replace(PLAIN, name="plain, float8", trunk=partial(PLAIN.trunk, linear=float8.linear))
+"""The plain ones, with the products of the layers in float8."""
 
 
 def fused(products: str) -> Kernels:

@@ -10,24 +10,35 @@ from torch import Tensor
 from epigram.kernels.residual import norm
 
 
-def enter(tokens: Tensor, embed: Tensor, extra: Tensor | None, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+def enter(
+    tokens: Tensor,
+    embed: Tensor,
+    extra: Tensor | None,
+    gate: Tensor | None,
+    dtype: torch.dtype,
+    reset_id: int = -1,
+) -> Tensor:
     """The stream (B, T, D) in `dtype` of tokens (B, T) int64: rms norm of embed[token] + extra, then `smear`.
 
-    embed: (V, D) float32. extra: (B, T, D) in `dtype`. gate: (D,) float32 from 0 to 1.
+    embed: (V, D) float32. extra: (B, T, D) in `dtype`. gate: (D,) float32 from 0 to 1. reset_id: the token that the
+    gate sees nothing before, -1 for none.
     """
     x = F.embedding(tokens, embed).to(dtype)
     x = norm(x if extra is None else x + extra)
-    return x if gate is None else smear(x, gate, None)
+    return x if gate is None else smear(x, gate, None, None if reset_id < 0 else tokens == reset_id)
 
 
-def smear(x: Tensor, gate: Tensor, before: Tensor | None) -> Tensor:
+def smear(x: Tensor, gate: Tensor, before: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """(1 - gate) x_t + gate x_{t-1}. Source: parameter-golf #162.
 
-    x (B, T, D); `before` (B, 1, D) is the input at the position before the first, None (zeros) at a start.
+    x (B, T, D); `before` (B, 1, D) is the input at the position before the first, None (zeros) at a start. starts:
+    (B, T) bool, other positions with zeros before them.
     """
     gate = gate.to(x.dtype)
     before = torch.zeros_like(x[:, :1]) if before is None else before
-    return (1 - gate) * x + gate * torch.cat([before, x[:, :-1]], dim=1)
+    old = torch.cat([before, x[:, :-1]], dim=1)
+    old = old if starts is None else old.masked_fill(starts[..., None], 0.0)
+    return (1 - gate) * x + gate * old
 
 
 def look_up(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:

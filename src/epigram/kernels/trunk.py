@@ -8,17 +8,21 @@ Legend: B sequences, T positions, D model width, H query heads, K key/value head
 width of what is added to some layers' values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from epigram.kernels.heads import Attend, HeadCounts, Rotary, exclude_own_value, rotate
+from epigram.kernels.lora import LowRank, plus
 from epigram.kernels.residual import norm
 
 See = Callable[[str, Tensor], None]
 """Is shown the name of a product and its input."""
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""`F.linear`, or what stands for it: x (..., K), weight (N, K) -> (..., N)."""
 
 
 class Layer(NamedTuple):
@@ -28,7 +32,8 @@ class Layer(NamedTuple):
     besides (not the one before), and its coefficient (D,). qkv ((H + 2 K) d, D), out (D, H d), gain (H,), value
     (K d, E) or None. up (M, D), down (D, M). window: of attention, 0 for the whole prefix. exclude: XSA, see
     `exclude_own_value`.
-    attend: the attention backend. carry: (2,) factors on the stream in both residual sums, or None.
+    attend: the attention backend. carry: (2,) factors on the stream in both residual sums, or None. lora: what each row
+    of the batch adds by target, see `epigram.kernels.lora`.
     """
 
     own: Tensor | None
@@ -44,6 +49,7 @@ class Layer(NamedTuple):
     window: int
     exclude: bool
     carry: Tensor | None = None
+    lora: Mapping[str, LowRank] | None = None
 
 
 class Shape(NamedTuple):
@@ -63,19 +69,21 @@ def trunk(
     kept: int = -1,
     last: int | None = None,
     see: See | None = None,
+    linear: Linear = F.linear,
 ) -> tuple[Tensor, Tensor | None]:
     """(x of the last layer, x of layer `kept` or None), each (B, T, D).
 
     value: (B, T, E), what `Layer.value` reads. last: of the last layer only so many positions at the end are wanted,
     (B, last, D). see: is shown the inputs of each layer's products, as "layers.{i}.qkv", "out", "up" and "down".
+    linear: computes these products.
     """
     outputs: list[Tensor] = []
     for index, layer in enumerate(layers):
         x = _entering(layer, x0, outputs)
         own = last if index == len(layers) - 1 else None
         shown: See | None = None if see is None else _named(see, index)
-        x = _attention(x, layer, value, shape, own, shown)
-        outputs.append(_mlp(x, layer, shape, shown))
+        x = _attention(x, layer, value, shape, own, shown, linear)
+        outputs.append(_mlp(x, layer, shape, shown, linear))
     return outputs[-1], outputs[kept] if kept >= 0 else None
 
 
@@ -90,10 +98,11 @@ def _entering(layer: Layer, x0: Tensor, outputs: list[Tensor]) -> Tensor:
 
 
 def _attention(
-    x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None
+    x: Tensor, layer: Layer, value: Tensor | None, shape: Shape, last: int | None, see: See | None, linear: Linear
 ) -> Tensor:
     h = norm(x)
-    q, k, v = shape.counts.split(F.linear(h, layer.qkv))
+    parts = shape.counts.split(linear(h, layer.qkv))
+    q, k, v = (plus(part, layer.lora, name, h) for part, name in zip(parts, "qkv", strict=True))
     if layer.value is not None:
         assert value is not None
         v = v + F.linear(value, layer.value).view(v.shape)
@@ -104,16 +113,16 @@ def _attention(
     if see is not None:
         see("qkv", h)
         see("out", z)
-    return _carried(x[:, start:], layer, 0) + F.linear(z, layer.out)
+    return plus(_carried(x[:, start:], layer, 0) + linear(z, layer.out), layer.lora, "out", h[:, start:])
 
 
-def _mlp(x: Tensor, layer: Layer, shape: Shape, see: See | None) -> Tensor:
+def _mlp(x: Tensor, layer: Layer, shape: Shape, see: See | None, linear: Linear) -> Tensor:
     h = norm(x)
-    hidden = leaky_square(F.linear(h, layer.up), shape.slope)
+    hidden = leaky_square(linear(h, layer.up), shape.slope)
     if see is not None:
         see("up", h)
         see("down", hidden)
-    return _carried(x, layer, 1) + F.linear(hidden, layer.down)
+    return plus(_carried(x, layer, 1) + linear(hidden, layer.down), layer.lora, "mlp", h)
 
 
 def leaky_square(x: Tensor, slope: float) -> Tensor:

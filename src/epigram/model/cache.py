@@ -1,4 +1,5 @@
-"""What the forward remembers between its calls: keys and values, the last token, the last embedding.
+"""What the forward remembers between its calls: keys and values, the last token, the last embedding, and how far back
+the document goes that it is in.
 
 Generation reads a token at a time, a streaming score many thousands; both continue what the cache holds.
 """
@@ -80,16 +81,18 @@ class Cache:
         self.position = 0  # of the next token
         self.previous_token: Tensor | None = None  # (B,)
         self.previous_embedding: Tensor | None = None  # (B, 1, D)
+        self.reach: Tensor | None = None  # (B,) of the last token, where documents are isolated
         limits = limits or (0,) * config.num_layers
         assert len(limits) == config.num_layers, "one limit a layer"
         self.windows = [_window(config.layer_window(layer), limit or context_len) for layer, limit in enumerate(limits)]
         # A layer that looks `window` back needs that many old keys beside the new ones.
         self.layers = [LayerCache(keep=window) for window in self.windows]
 
-    def advance(self, tokens: Tensor) -> None:
-        """Tokens (B, T) were read."""
+    def advance(self, tokens: Tensor, reach: Tensor | None) -> None:
+        """Tokens (B, T) were read; reach: (B, T), see `epigram.model.documents`."""
         self.position += tokens.shape[1]
         self.previous_token = tokens[:, -1]
+        self.reach = None if reach is None else reach[:, -1]
 
 
 def _window(own: int, context_len: int) -> int:

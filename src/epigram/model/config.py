@@ -23,6 +23,9 @@ class ModelConfig:
     backout_layer: this layer's output times a scalar is subtracted before the head; -1: none (modded-nanogpt #140).
     residual_lambdas: learned factors on the stream entering each sublayer's sum (parameter-golf #1130).
     softcap: logits are softcap * tanh(logits / softcap); 0: none.
+    documents: "joined" lets a token see over the start of its document, "isolated" lets neither attention nor the smear
+        gate nor the bigram table (parameter-golf #1530, #1851, #1855). bos_id: the token that every document begins
+        with, that of the data's tokenizer; only read where documents are isolated.
     embed_std, zero_init_out: initial values; output projections start at zero, or orthogonal and scaled by depth.
 
     Raises ValueError with every conflict at once.
@@ -54,6 +57,8 @@ class ModelConfig:
     backout_layer: int = -1
     residual_lambdas: bool = False
     softcap: float = 30.0
+    documents: str = "joined"
+    bos_id: int = 1
     embed_std: float = 0.005
     zero_init_out: bool = True
 
@@ -77,10 +82,19 @@ class ModelConfig:
             found.append('rotary_dim = 2 has one frequency, which rotary_scaling = "ntk" cannot rescale: use "none"')
         if self.bigram_buckets == 1 or self.bigram_buckets < 0:
             found.append(f"bigram_buckets = {self.bigram_buckets} must be 0 (off) or at least 2")
+        if self.isolated and not 0 <= self.bos_id < self.vocab_size:
+            found.append(
+                f'documents = "isolated" needs the token that documents begin with, and bos_id = {self.bos_id} is none '
+                f'of the {self.vocab_size}: a tokenizer without BOS needs documents = "joined"'
+            )
         return found
 
     def _choice_problems(self) -> list[str]:
-        choices = {"skips": ("none", "plain", "gated"), "rotary_scaling": ("ntk", "none")}
+        choices = {
+            "skips": ("none", "plain", "gated"),
+            "rotary_scaling": ("ntk", "none"),
+            "documents": ("joined", "isolated"),
+        }
         return [
             f"{name} = {getattr(self, name)!r} must be one of {', '.join(allowed)}"
             for name, allowed in choices.items()
@@ -98,6 +112,16 @@ class ModelConfig:
         if not -1 <= self.backout_layer < self.num_layers:
             found.append(f"backout_layer = {self.backout_layer} must be -1 (off) or a layer below {self.num_layers}")
         return found
+
+    @property
+    def isolated(self) -> bool:
+        """Whether nothing crosses the start of a document."""
+        return self.documents == "isolated"
+
+    @property
+    def reset_id(self) -> int:
+        """The token that begins documents where they are isolated, else -1: no token."""
+        return self.bos_id if self.isolated else -1
 
     @property
     def query_dim(self) -> int:

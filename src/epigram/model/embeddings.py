@@ -13,7 +13,8 @@ from epigram.model.config import ModelConfig
 class BigramEmbedding(nn.Module):
     """A hashed embedding of (previous token, token), projected to the model width. Source: parameter-golf #162.
 
-    The last bucket is kept for positions without a previous token.
+    The last bucket is kept for positions without a previous token: a window's first, and the BOS of documents that are
+    isolated.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -21,6 +22,7 @@ class BigramEmbedding(nn.Module):
         self.embed = nn.Parameter(torch.zeros(config.bigram_buckets, config.bigram_dim))
         self.proj = nn.Parameter(torch.empty(config.model_dim, config.bigram_dim))
         self.scale = nn.Parameter(torch.tensor(0.05))
+        self._reset_id = config.reset_id
 
     def buckets(self, tokens: Tensor, previous: Tensor | None) -> Tensor:
         """(B, T) int32 buckets; `previous` (B,) are the tokens before the first position, None at a window's start."""
@@ -31,7 +33,8 @@ class BigramEmbedding(nn.Module):
             first = torch.full_like(ids[:, :1], usable)
         else:
             first = torch.bitwise_xor(36313 * ids[:, :1], 27191 * previous.to(torch.int32)[:, None]) % usable
-        return torch.cat([first, mixed], dim=1)
+        buckets = torch.cat([first, mixed], dim=1)
+        return buckets if self._reset_id < 0 else buckets.masked_fill(tokens == self._reset_id, usable)
 
     def lookup(self, tokens: Tensor, previous: Tensor | None, dtype: torch.dtype, kernels: Kernels) -> Tensor:
         """(B, T, bigram_dim): the input of the projection."""

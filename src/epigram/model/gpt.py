@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epigram.attention.base import Attend
+from epigram.attention.base import Attend, within
 from epigram.attention.sdpa import attend as sdpa_attend
 from epigram.kernels.base import PLAIN, Kernels
 from epigram.kernels.front import smear
 from epigram.kernels.head import tied_logits
 from epigram.kernels.heads import HeadCounts
+from epigram.kernels.lora import Lora
 from epigram.kernels.trunk import Layer, Shape
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
+from epigram.model.documents import reach as reach_of
 from epigram.model.embeddings import BigramEmbedding, Skips, SmearGate, ValueEmbedding
 from epigram.model.rope import rotary_tables
 from epigram.roles import ParameterRole
@@ -49,8 +51,8 @@ class GPT(nn.Module):
     """The window-attention, mixed-length transformer of parameter-golf #1212 and its ancestors.
 
     `compute_dtype` is the precision of activations and products (parameters stay float32); `kernels` computes the
-    operations; `attend` and `attend_window` are the attention backends of full and windowed layers. All are set from
-    outside.
+    operations, `training_kernels`, where there are such, those of the training loss; `attend` and `attend_window` are
+    the attention backends of full and windowed layers. All are set from outside.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,6 +60,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.kernels: Kernels = PLAIN
+        self.training_kernels: Kernels | None = None
         self.attend: Attend = sdpa_attend
         self.attend_window: Attend = sdpa_attend
         n, d = config.num_layers, config.model_dim
@@ -138,22 +141,26 @@ class GPT(nn.Module):
         tap: Tap | None = None,
         transform: BankTransform | None = None,
         last: int | None = None,
+        kernels: Kernels | None = None,
+        lora: Lora | None = None,
     ) -> Tensor:
         """Tokens (B, T) to normalised final states (B, T, D) in the compute precision.
 
         rope_len: the window length whose rotary base is used; T when not given. With a cache the tokens continue what
         the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
-        last layer need not compute for the others, it does not.
+        last layer need not compute for the others, it does not. kernels: instead of the model's own. lora: what each
+        row's own adapters add in the layers.
         """
         # The twins show every product's input, and are quicker with the few tokens of a generation.
         few = cache is not None and tokens.shape[1] < _FEW
-        kernels = PLAIN if few or tap is not None else self.kernels
+        kernels = PLAIN if few or tap is not None or lora is not None else kernels or self.kernels
         c, see = self.config, tap or _ignore
         value = self._value(tokens, kernels, see)
+        reach = reach_of(tokens, c.bos_id, cache.reach if cache else None) if c.isolated else None
         kept = c.backout_layer if c.backout_layer < c.num_layers - 1 else -1  # the last layer needs no keeping
         x, backed = kernels.trunk(
             self._embed(tokens, kernels, cache, see),
-            self._layers(kernels, cache, transform),
+            self._layers(kernels, cache, transform, lora, reach),
             value,
             self._shape(tokens, rope_len, cache),
             kept=kept,
@@ -161,7 +168,7 @@ class GPT(nn.Module):
             **({} if tap is None else {"see": tap}),
         )
         if cache is not None:
-            cache.advance(tokens)
+            cache.advance(tokens, reach)
         x = self._leave(x, backed, last, kernels)
         see("head", x)
         return x
@@ -177,10 +184,12 @@ class GPT(nn.Module):
         gamma: Tensor | None = None,
         floor: float = 0.0,
         transform: BankTransform | None = None,
+        rope_len: int | None = None,
     ) -> Tensor:
-        """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`."""
-        x = self(tokens, transform=transform)
-        return self.kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
+        """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`. rope_len: as in `forward`."""
+        kernels = self.training_kernels or self.kernels
+        x = self(tokens, transform=transform, rope_len=rope_len, kernels=kernels)
+        return kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
 
     def nll(
         self,
@@ -189,13 +198,16 @@ class GPT(nn.Module):
         rope_len: int | None = None,
         last: int | None = None,
         cache: Cache | None = None,
+        lora: Lora | None = None,
     ) -> Tensor:
         """Nats of each target, (B, T) float32; of the last ones only, (B, last), when `last` is given.
 
-        With a cache the tokens continue what it holds, see `forward`.
+        With a cache the tokens continue what it holds, see `forward`. lora: what each row's own adapters add.
         """
-        x = self(tokens, rope_len=rope_len, last=last, cache=cache)
+        x = self(tokens, rope_len=rope_len, last=last, cache=cache, lora=lora)
         targets = targets if last is None else targets[:, -last:]
+        if lora is not None:
+            return PLAIN.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap, lora.head)
         return self.kernels.head_nll(x, self.embed.to(x.dtype), targets, self.config.softcap)
 
     def _shape(self, tokens: Tensor, rope_len: int | None, cache: Cache | None) -> Shape:
@@ -214,10 +226,10 @@ class GPT(nn.Module):
             extra = F.linear(pair, (self.bigram.scale * self.bigram.proj).to(dtype))
         gate = torch.sigmoid(self.smear.gate) if self.config.smear else None
         if cache is None or gate is None:
-            return kernels.enter(tokens, self.embed, extra, gate, dtype)
+            return kernels.enter(tokens, self.embed, extra, gate, dtype, self.config.reset_id)
         x = kernels.enter(tokens, self.embed, extra, None, dtype)
         before, cache.previous_embedding = cache.previous_embedding, x[:, -1:]
-        return smear(x, gate, before)
+        return smear(x, gate, before, tokens == self.config.bos_id if self.config.isolated else None)
 
     def _value(self, tokens: Tensor, kernels: Kernels, see: Tap) -> Tensor | None:
         """(B, T, value_embed_dim): what some layers' values get on top, before their projections."""
@@ -227,10 +239,17 @@ class GPT(nn.Module):
         see("value_embed.proj", value)
         return value
 
-    def _layers(self, kernels: Kernels, cache: Cache | None, transform: BankTransform | None) -> list[Layer]:
+    def _layers(
+        self,
+        kernels: Kernels,
+        cache: Cache | None,
+        transform: BankTransform | None,
+        lora: Lora | None,
+        reach: Tensor | None,
+    ) -> list[Layer]:
         """What each layer is made of: a bank is converted to the compute precision once, then split.
 
-        The scales of a layer's input and outputs go into the rows of its matrices.
+        The scales of a layer's input and outputs go into the rows of its matrices. reach: of isolated documents.
         """
         c = self.config
         depth = self._depth_scale() if c.depth_scale else None
@@ -244,9 +263,12 @@ class GPT(nn.Module):
         values = self.value_embed.projections(self.compute_dtype) if c.value_embed_layers else {}
         gains = self.q_gain.unbind(0)
         carries = self.resid_lambda.unbind(0) if c.residual_lambdas else None
+        full, windowed = self._backends(cache, reach)
         layers = []
         for i, (own, first, skip) in enumerate(self._mixes()):
-            attend, window = self._attention(i, cache)
+            window = c.layer_window(i) if cache is None else cache.windows[i]
+            attend = windowed if c.layer_window(i) else full
+            attend = attend if cache is None else _remembering(attend, cache, i)
             layers.append(
                 Layer(
                     own=own,
@@ -262,6 +284,7 @@ class GPT(nn.Module):
                     window=window,
                     exclude=i in c.xsa_layers,
                     carry=carries[i] if carries else None,
+                    lora=lora.layers[i] if lora else None,
                 )
             )
         return layers
@@ -291,13 +314,13 @@ class GPT(nn.Module):
                     mixes[half] = (own + skip, firsts[half], None)
         return mixes
 
-    def _attention(self, layer: int, cache: Cache | None) -> tuple[Attend, int]:
-        """The backend of a layer and its window; with a cache, over all that the cache holds."""
-        window = self.config.layer_window(layer)
-        attend = self.attend_window if window else self.attend
-        if cache is None:
-            return attend, window
-        return _remembering(cache.attend or attend, cache, layer), cache.windows[layer]
+    def _backends(self, cache: Cache | None, reach: Tensor | None) -> tuple[Attend, Attend]:
+        """Attention of full and of windowed layers, within documents if `reach` is given."""
+        own = None if cache is None else cache.attend
+        full, windowed = own or self.attend, own or self.attend_window
+        first = within(full, reach)
+        # One backend makes of `reach` what it needs once for all layers.
+        return first, first if full is windowed else within(windowed, reach)
 
     def _leave(self, x: Tensor, backed: Tensor | None, last: int | None, kernels: Kernels) -> Tensor:
         """The normalised final states."""

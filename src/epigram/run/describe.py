@@ -18,6 +18,11 @@ from epigram.run.wire import messages, step_ms
 
 _CURVE_POINTS = 11
 
+DOCUMENTS = {
+    "joined": "documents are joined: a token may see the document before its own",
+    "isolated": "documents are isolated: attention, smear gate and bigram table end at the start of a document",
+}
+
 
 def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> dict[str, Any]:
     """Plain values for a table or JSON; `parameters` is the total.
@@ -39,6 +44,7 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
         "forecast_bytes": forecast + config.artifact.code_bytes,
         **({"past": asdict(ratio)} if ratio else {}),
         "cap_bytes": config.artifact.cap_bytes,
+        "documents": config.model.documents,
         "lanes": _lanes(config, plan),
         "lane_times": "measured, ms" if measured else "modelled, operations",
         "balance": plan.balance,
@@ -47,6 +53,7 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
         "step_ms": step_ms(plan, sent) if measured else None,
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": _flops(config),
+        "float8": config.run.float8,
         "schedule": _curve(config),
     }
 
@@ -117,6 +124,7 @@ def print_description(description: dict[str, Any]) -> None:
             f"{ratio['runs']} past run(s) came to {ratio['mean']:.4f} of their forecasts ({ratio['low']:.4f} to "
             f"{ratio['high']:.4f}); this one is corrected by it"
         )
+    console.print(DOCUMENTS[description["documents"]])
     tables: list[tuple[str, list[dict[str, Any]]]] = [
         ("parameters", [{"part": k, "parameters": v} for k, v in description["parameters_by_part"].items()]),
         (
@@ -136,6 +144,8 @@ def print_description(description: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
         console.print(table)
+    if description["float8"]:
+        console.print("trains with the products of the layers in float8 (run.float8)")
     if description["step_ms"] is not None:
         console.print(
             f"slowest process's lanes and messages: {description['step_ms']:.2f} ms a step, without the update"

@@ -211,7 +211,7 @@ def _paths() -> Iterator[Finding]:
 
 def explain(part: str, name: str, device_type: str, capability: tuple[int, int] | None) -> Iterator[Finding]:
     """What a run chooses on the device `name` and why: precision, compilation, kernels and attention."""
-    from epigram.capability import support, why_no_compile, why_no_triton
+    from epigram.capability import support, why_no_compile, why_no_float8, why_no_triton
     from epigram.run.setup import compiler_available
 
     row = support(device_type, capability)
@@ -221,6 +221,9 @@ def explain(part: str, name: str, device_type: str, capability: tuple[int, int] 
     yield _finding(part, "compile", f"off: {why_not}" if why_not else f"on: {row.compile_reason}")
     no_triton = why_no_triton(device_type, capability)
     yield _finding(part, "Triton kernels", f"off: {no_triton}" if no_triton else f"on: {row.triton_reason}")
+    no_float8 = why_no_float8(device_type, capability)
+    on_cpu = ", rounded and multiplied in float32: slower than without" if device_type == "cpu" else ""
+    yield _finding(part, "float8 products", f"off: {no_float8}" if no_float8 else f"off unless run.float8=true{on_cpu}")
     for kind, window in (("full", 0), ("windowed", 512)):
         yield from _attention(part, kind, row, _request(device_type, capability, row.precision, window, not why_not))
 

@@ -132,4 +132,6 @@ def over_budget(config: Config, result: dict[str, Any]) -> list[str]:
     scored_s = sum(row["score_s"] for row in result.get("scores", {}).get("quantized", {}).values())
     if scored_s > config.budget.score_s:
         found.append(f"scoring took {scored_s:.1f} s of {config.budget.score_s:.1f} s: raise score.stride")
+    if stopped := result.get("adapt_stopped"):
+        found.append(stopped)
     return found

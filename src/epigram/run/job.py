@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from epigram.errors import UserError
 from epigram.model.gpt import GPT
 from epigram.optim.base import restore
 from epigram.run import checkpoint
+from epigram.run.adapt import Adaptation, OverTimeError, beside
 from epigram.run.budget import timed
 from epigram.run.export import over_budget, quantize
 from epigram.run.fit import pack_to_fit
-from epigram.run.machine import environment, peak_memory_bytes
+from epigram.run.machine import computing, environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
 from epigram.run.setup import (
@@ -56,11 +57,13 @@ def run_job(
     until: str = "export",
     resume: Path | None = None,
     device: str = "auto",
+    warn: Callable[[Config], str | None] | None = None,
 ) -> dict[str, Any]:
     """Train a recipe and bring it to a scored artifact; returns the result that the run folder holds.
 
     data_path: None for the data of the run that is resumed, else for the text that every Python carries. until: "train"
-    stops after the last step. resume: a run folder to go on with; its own config counts then.
+    stops after the last step. resume: a run folder to go on with; its own config counts then. warn: what is wrong with
+    the config although it can be run, which the log then says.
     Raises UserError for what the user can mend; the run folder says how far it came. The result is empty in processes
     other than the first.
     """
@@ -74,6 +77,8 @@ def run_job(
         with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
             try:
                 _begin(session, record)
+                if warn is not None and context.is_main and (warning := warn(config)):
+                    record.log(f"warning: {warning}")
                 _train(session, record)
                 if until == "export":
                     finish_run(config, session.model, session.losses, data, context, record)
@@ -106,7 +111,7 @@ def export_job(
         weights = final_weights(saved, averaged=config.average.mode != "none")
         restore(model.state_dict(), weights, "this model")
         with _record(out or _next_export(run, context), config, context) as record:
-            record.environment(environment(paths))
+            record.environment(environment(paths, **computing(context.device, context.world_size)))
             facts = {**saved.state["facts"], "data": str(data.path.resolve())}
             record.update(**facts, exported_from=str(run.resolve()), paths=paths)
             losses = scoring_losses(model, compiled, config.run.attention, context)
@@ -201,6 +206,8 @@ def finish_run(
     model.load_state_dict(packed.gpt.state_dict())
     for name in config.score.methods:
         record.score("quantized", name, score(config.score.method(name)))
+    if config.score.adapt.kind != "none":
+        _score_adapting(config, model, losses, data, context, record)
     if config.run.sample_tokens and context.is_main:
         prompt = config.run.sample_prompt
         text = packed.generate(prompt, config.run.sample_tokens)
@@ -212,13 +219,42 @@ def finish_run(
         log_summary(record)
 
 
+def _score_adapting(
+    config: Config, model: GPT, losses: Losses, data: DataFolder, context: Context, record: RunRecord
+) -> None:
+    """The score of a model that learns meanwhile, in what the other scores left of the time; or why there is none."""
+    rows = record.result["scores"]["quantized"]
+    left_s = config.budget.score_s - sum(row["score_s"] for row in rows.values())
+    adaptation = Adaptation(
+        config=config.score.adapt,
+        model=model,
+        losses=losses,
+        context=context,
+        bos_id=data.tokenizer.bos_id,
+        limit_s=collectives.from_main(context, left_s),
+    )
+    size = config.score.batch_tokens
+    if nothing := config.score.adapt.nothing_learned(len(data.stream("val")) - 1):
+        record.log(f"warning: {nothing}")
+    try:
+        row = score_split(
+            losses, data, config.score.method("sliding"), context, batch_tokens=size, adaptation=adaptation
+        )
+    except OverTimeError as error:  # the run has its other scores; the limit is judged at its end
+        record.log(f"warning: {error}")
+        record.update(adapt_stopped=str(error))
+        return
+    record.score("quantized", adaptation.name, beside(row, rows["sliding"]))
+
+
 def _begin(session: Session, record: RunRecord) -> None:
     config, data = session.config, session.data
     with collectives.together(session.context):
         if record.writes:
             check_room(record.folder, config, state_of(session))
     record.result.clear()  # a run that is resumed has other results than it had
-    record.environment(environment(session.paths))
+    context = session.context
+    record.environment(environment(session.paths, **computing(context.device, context.world_size)))
     if record.writes:
         (record.folder / TOKENIZER).write_bytes(data.tokenizer.proto)
     for name, choice in session.paths.items():

@@ -10,7 +10,10 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # The distributions whose versions can change a result or its timing.
 _LIBRARIES = (
@@ -28,7 +31,8 @@ _TIMEOUT_S = 10
 
 
 def environment(paths: dict[str, str] | None = None, **facts: Any) -> dict[str, Any]:
-    """What environment.json holds. paths: the backends and kernels in use; facts: whatever else matters."""
+    """What environment.json holds. paths: the backends and kernels in use; facts: whatever else matters, such as what
+    `computing` says."""
     return {
         "command": sys.argv,
         "commit": commit(),
@@ -43,6 +47,16 @@ def environment(paths: dict[str, str] | None = None, **facts: Any) -> dict[str, 
         "paths": paths or {},
         **facts,
     }
+
+
+def computing(device: "torch.device", num_processes: int) -> dict[str, Any]:
+    """What a run computes on: the kind and the name of each process's device, and how many processes there are."""
+    name = cpu_name()
+    if device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    return {"device": {"type": device.type, "name": name}, "processes": num_processes}
 
 
 def versions() -> dict[str, str]:

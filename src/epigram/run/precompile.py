@@ -25,6 +25,7 @@ import torch
 
 from epigram import plugin
 from epigram.attention.base import PACKAGE as BACKENDS
+from epigram.attention.base import within
 from epigram.config import parse_model
 from epigram.dist import collectives
 from epigram.dist.context import Context
@@ -148,7 +149,8 @@ def _attention_tasks(c: ModelConfig, device: torch.device, dtype: torch.dtype) -
                 torch.randn(1, _LENGTH, h, c.head_dim, device=device, dtype=dtype).requires_grad_(backward)
                 for h in heads
             )
-            out = module.attend(q, k, v, window)
+            attend = within(module.attend, torch.arange(_LENGTH, device=device)[None].int() if c.isolated else None)
+            out = attend(q, k, v, window)
             if backward:
                 out.sum().backward()
 

@@ -14,12 +14,12 @@ from epigram.evaluation import probes
 from epigram.evaluation.bpb import Score
 from epigram.evaluation.passes import parts
 from epigram.evaluation.probes import Finding
-from epigram.evaluation.scorer import score, token_nlls
+from epigram.evaluation.scorer import MiscountError, score, token_nlls
 from epigram.evaluation.windows import Method
 from epigram.run.setup import Losses
 
 _CONTEXTS = (1, 5, 33)  # tokens before the predictions whose probabilities are added up
-_CHANGED = 5  # tokens that are changed, one at a time
+_CHANGED = 5  # tokens, and documents, that are changed, one at a time
 _ROWS = 64  # of the alternatives that are asked for at once
 # Sums of a thousand rounded logits; and bits per byte, where a batch of another shape rounds otherwise.
 _NORMAL = {torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float64: 1e-6}
@@ -94,8 +94,13 @@ def probe(
     dtype: torch.dtype,
     batch_tokens: int,
     split: str = "val",
+    isolated: bool = False,
 ) -> list[Finding]:
-    """What each probe finds for one method. dtype: the precision that the model computes in."""
+    """What each probe finds for one method. dtype: the precision that the model computes in. isolated: the model
+    promises to keep documents apart, see `ModelConfig.documents`.
+
+    Where tokens are scored twice or not at all, no score of a token can be asked for, and only this is found.
+    """
     tokenizer, method = data.tokenizer, _small(method)
     subject = Subject(
         losses=losses,
@@ -109,15 +114,42 @@ def probe(
     # A place in the first window, one in the last, and at the seams between.
     places = np.unique(np.linspace(2, len(tokens) - 1, _CHANGED).astype(int)).tolist()
     some = [tokens[: min(count, len(tokens) - 1)] for count in _CONTEXTS]
-    return [
-        probes.causality(subject.nats, tokens, places, tokenizer.vocab_size),
-        probes.normalisation(subject.alternatives, some, _NORMAL.get(dtype, 1e-3)),
-        probes.once(subject.score, subject.times, tokens),
+    counted = [
+        _once(subject, tokens),
         probes.text_bytes(data.stream(split), subject.tables, tokenizer.decode_bytes, tokenizer.bos_id)
         if data.byte_counts(split) is None
         else Finding("bytes of the text", True, "counted by the file beside the shards, which `data check` verifies"),
+    ]
+    if not counted[0].passed:
+        return counted
+    found = [
+        probes.causality(subject.nats, tokens, places, tokenizer.vocab_size),
+        probes.normalisation(subject.alternatives, some, _NORMAL.get(dtype, 1e-3)),
+        *counted,
         probes.sameness(_ways(subject, tokens), _SAME.get(dtype, 5e-4)),
     ]
+    if isolated:
+        documents = _documents(tokens, method.seq_len, tokenizer.bos_id)
+        found.append(probes.isolation(subject.nats, documents, tokenizer.bos_id, tokenizer.vocab_size, _CHANGED))
+    return found
+
+
+def _once(subject: Subject, tokens: NDArray[np.uint16]) -> Finding:
+    try:
+        return probes.once(subject.score, subject.times, tokens)
+    except MiscountError as error:  # the scorer's own count found it first
+        return Finding("each token once", False, str(error))
+
+
+def _documents(tokens: NDArray[np.uint16], seq_len: int, bos_id: int) -> NDArray[np.uint16]:
+    """The same with a document at each window's start and another from a third of it on, whatever its text's are.
+
+    So a window holds several, one begins with a chunk of a stream, and one lies in two chunks.
+    """
+    cut = tokens.copy()
+    for first in (0, max(seq_len // 3, 1)):
+        cut[first::seq_len] = bos_id
+    return cut
 
 
 def check(findings: dict[str, list[Finding]]) -> None:

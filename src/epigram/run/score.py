@@ -1,9 +1,10 @@
 """Scores: of the model in training, of the finished one, and of any file on any text."""
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from epigram.data.manifest import MANIFEST
 from epigram.dist import collectives
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import AdaptConfig
 from epigram.evaluation.probes import Finding
 from epigram.evaluation.scorer import score
 from epigram.evaluation.windows import METHODS, Method, StreamingConfig, stride_of
 from epigram.model.gpt import GPT
+from epigram.run.adapt import Adaptation, beside
+from epigram.run.adapt_probe import probe_adapted
 from epigram.run.api import Model
 from epigram.run.probe import check, probe
 from epigram.run.record import final_line
@@ -36,11 +40,13 @@ def score_split(
     batch_tokens: int,
     split: str = "val",
     max_tokens: int = 0,
+    adaptation: Adaptation | None = None,
 ) -> dict[str, Any]:
     """One row of a result: val_bpb, val_nats, tokens, bytes, seq_len, stride, score_s; of method streaming its own
     settings; and for published shards `validation`, which says whose validation split it was.
 
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
+    adaptation: the model learns meanwhile, with windows as in `method`; its settings are in the row.
     """
     tokens = data.stream(split)
     whole = not 0 < max_tokens < len(tokens) - 1
@@ -49,18 +55,21 @@ def score_split(
         tokens = tokens[: max_tokens + 1]
         byte_counts = None if byte_counts is None else byte_counts[: max_tokens + 1]
     start_s = time.perf_counter()
-    found = score(
+    make = partial(
+        score,
         losses.of(method),
-        tokens,
-        data.tokenizer.byte_tables(),
-        method,
         device=context.device,
-        batch_tokens=max(batch_tokens, method.seq_len),
-        expected_bytes=data.split_bytes(split) if whole else None,
-        byte_counts=byte_counts,
         rank=context.rank,
         world_size=context.world_size,
         reduce=partial(collectives.summed, context) if context.world_size > 1 else None,
+    )
+    found = (make if adaptation is None else adaptation.score)(
+        tokens,
+        data.tokenizer.byte_tables(),
+        method,
+        batch_tokens=max(batch_tokens, method.seq_len),
+        expected_bytes=data.split_bytes(split) if whole else None,
+        byte_counts=byte_counts,
         progress=context.is_main,
     )
     context.synchronize()
@@ -70,6 +79,7 @@ def score_split(
         "seq_len": method.seq_len,
         "stride": method.stride,
         **({"streaming": asdict(method.streaming)} if method.is_streaming else {}),
+        **(adaptation.settings() if adaptation is not None else {}),
         "score_s": round(score_s, 3),
         **({"validation": data.validation.text} if data.validation is not None and split == "val" else {}),
     }
@@ -88,48 +98,97 @@ def score_model(
     batch_tokens: int = 65_536,
     device: str = "auto",
     with_probes: bool = False,
+    adapt: AdaptConfig | None = None,
+    limit_s: float = math.inf,
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
     Data that is text is transformed and tokenized as the model's own was. max_tokens: only the beginning of the split,
-    0 for all of it. with_probes: put the probes to each method first; ProbeError when one fails. Under torchrun the
-    processes share the work; the result is then empty in all but the first.
+    0 for all of it. with_probes: put the probes to each method first; ProbeError when one fails. adapt: besides, a
+    score while the model learns, beside that of method sliding. limit_s: of all scores, for one that adapts. Under
+    torchrun the processes share the work; the result is then empty in all but the first.
     """
+    adapt = adapt or AdaptConfig()
+    adapts = adapt.kind != "none"
+    methods = tuple(methods) or (("sliding",) if adapts else METHODS)
+    if adapts and "sliding" not in methods:
+        methods = (*methods, "sliding")
     with open_context(device) as context:
         model, data = open_both(path, data_path, context)
         seq_len = seq_len or model.context_len
-        losses = losses_for_scoring(model.gpt, context, scoring_work(seq_len, batch_tokens))
+        num_targets = len(data.stream(split)) - 1
+        nothing = adapt.nothing_learned(min(max_tokens or num_targets, num_targets))
+        if problems := [*adapt.problems(seq_len), *filter(None, [nothing])]:
+            raise UserError("; ".join(problems))
+        work = replace(scoring_work(seq_len, batch_tokens), backward=adapt.kind == "sgd")
+        losses = losses_for_scoring(model.gpt, context, work)
         rows: dict[str, Any] = {}
         findings: dict[str, list[Finding]] = {}
+        score_one = partial(
+            score_split, losses, data, context=context, batch_tokens=batch_tokens, split=split, max_tokens=max_tokens
+        )
+        size = max(batch_tokens, seq_len)
         if data.validation is not None and split == "val" and context.is_main:
             print(f"validation: {data.validation.text}", flush=True)
-        for name in methods or METHODS:
-            width = stride_of(name, seq_len, stride or max(seq_len // 8, 1))
-            method = Method(name=name, seq_len=seq_len, stride=width, streaming=streaming or StreamingConfig())
+        for name in methods:
+            method = _method(name, seq_len, stride, streaming)
             if with_probes:
-                dtype = model.gpt.compute_dtype
                 findings[name] = probe(
-                    losses, data, method, context, dtype=dtype, batch_tokens=max(batch_tokens, seq_len), split=split
+                    losses,
+                    data,
+                    method,
+                    context,
+                    dtype=model.gpt.compute_dtype,
+                    batch_tokens=size,
+                    split=split,
+                    isolated=model.gpt.config.isolated,
                 )
-                if context.is_main:
-                    _print_findings(name, findings[name])
-            rows[name] = score_split(
-                losses, data, method, context, batch_tokens=batch_tokens, split=split, max_tokens=max_tokens
+                _print_findings(name, findings[name], context)
+            rows[name] = score_one(method)
+            _print_score(name, rows[name], context)
+        if adapts:
+            left_s = limit_s - sum(row["score_s"] for row in rows.values())
+            adaptation = Adaptation(
+                config=adapt,
+                model=model.gpt,
+                losses=losses,
+                context=context,
+                bos_id=data.tokenizer.bos_id,
+                limit_s=collectives.from_main(context, left_s),
             )
-            if context.is_main:
-                print(final_line(name, rows[name]["val_nats"], rows[name]["val_bpb"]), flush=True)
+            name, method = adaptation.name, _method("sliding", seq_len, stride)
+            if with_probes:
+                findings[name] = probe_adapted(adaptation, data, method, batch_tokens=size, split=split)
+                _print_findings(name, findings[name], context)
+            rows[name] = beside(score_one(method, adaptation=adaptation), rows["sliding"])
+            _print_score(name, rows[name], context)
         check(findings)
         if not context.is_main:
             return {}
         found = {name: [asdict(finding) for finding in some] for name, some in findings.items()}
-        probed = {"probes": found} if with_probes else {}
-        return {"model": str(path), "data": data_path, "split": split, "scores": rows, **probed}
+        more = {"probes": found} if with_probes else {}
+        return {"model": str(path), "data": data_path, "split": split, "scores": rows, **more}
 
 
-def _print_findings(method: str, findings: list[Finding]) -> None:
+def _method(name: str, seq_len: int, stride: int | None, streaming: StreamingConfig | None = None) -> Method:
+    """stride: None for an eighth of a window."""
+    width = stride_of(name, seq_len, stride or max(seq_len // 8, 1))
+    return Method(name=name, seq_len=seq_len, stride=width, streaming=streaming or StreamingConfig())
+
+
+def _print_findings(method: str, findings: list[Finding], context: Context) -> None:
+    if not context.is_main:
+        return
     for finding in findings:
         verdict = "passed" if finding.passed else "FAILED"
         print(f"probe {method}, {finding.name}: {verdict}: {finding.detail}", flush=True)
+
+
+def _print_score(name: str, row: dict[str, Any], context: Context) -> None:
+    if context.is_main:
+        print(final_line(name, row["val_nats"], row["val_bpb"]), flush=True)
+        if (gain := row.get("gain_bpb")) is not None:
+            print(f"{name}: {gain:+.6f} bits per byte better than unadapted, {row['unadapted_bpb']:.6f}", flush=True)
 
 
 def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:

@@ -22,10 +22,12 @@ from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
 from epigram.evaluation.windows import Method
-from epigram.kernels.base import PLAIN
+from epigram.kernels import float8
+from epigram.kernels.base import FLOAT8, PLAIN
 from epigram.kernels.base import choose as choose_kernels
 from epigram.kernels.products.base import Dims
 from epigram.model.cache import Cache
+from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT, BankTransform
 from epigram.optim.average import Average, average_of
 from epigram.optim.gradients import LaneGradients, lane_weights
@@ -175,7 +177,11 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
-    compiled, chosen = attach_kernels(model, config.run.kernels, config.run.compile, context)
+    in_float8 = config.run.float8 and work.backward  # what only scores computes as ever
+    kernels = "plain" if in_float8 else config.run.kernels
+    compiled, chosen = attach_kernels(model, kernels, config.run.compile, context)
+    if in_float8:
+        paths |= attach_float8(model, context)
     seconds = precompile(config.model, model.kernels.products, context)
     if seconds is not None:
         paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"
@@ -187,15 +193,47 @@ def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) ->
 
     kernels, compile_: as in `RunConfig`. The model's precision must be set.
     """
-    c = model.config
-    widths = (c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim)
-    dims = Dims(widths=widths, dtype=model.compute_dtype, carries=c.residual_lambdas)
-    name = "plain" if compile_ == "on" else kernels
+    dims = Dims(widths=_widths(model.config), dtype=model.compute_dtype, carries=model.config.residual_lambdas)
+    reason = _why_rather_compiled(model, context) if (kernels, compile_) == ("auto", "auto") else None
+    name = "plain" if compile_ == "on" or reason else kernels
     model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
     if model.kernels is not PLAIN:
         return False, {"kernels": model.kernels.name, "compile": "off: the kernels are fused by hand"}
     compiled = should_compile(compile_, context)
-    return compiled, {"kernels": model.kernels.name, "compile": "on" if compiled else "off"}
+    words = f"{model.kernels.name} ({reason})" if reason else model.kernels.name
+    return compiled, {"kernels": words, "compile": "on" if compiled else "off"}
+
+
+def _why_rather_compiled(model: GPT, context: Context) -> str | None:
+    """Why torch.compile is the better choice here although kernels are there, in a sentence; None where it is not.
+
+    Fused kernels run uncompiled. For isolated documents that leaves the FlashAttention backends, or else sdpa, whose
+    masks are written out; flex skips what a mask hides, but needs the compiler.
+    """
+    if not model.config.isolated or context.device.type != "cuda" or not should_compile("auto", context):
+        return None
+    free, compiled = (candidates(attention_request(model, context, compiled=compiled))[0] for compiled in (False, True))
+    if free == compiled:
+        return None
+    return f"documents are isolated, for which {compiled} is better than {free}, and it needs a compiled model"
+
+
+def attach_float8(model: GPT, context: Context) -> dict[str, str]:
+    """Let the model's training loss multiply in float8; returns that in words. The model's precision must be set.
+
+    Raises UserError where it cannot.
+    """
+    device_type, dtype = context.device.type, str(model.compute_dtype).removeprefix("torch.")
+    if reason := float8.why_not(device_type, context.capability, _widths(model.config)):
+        raise UserError(f"run.float8 = true cannot be used here: {reason}; set run.float8=false")
+    model.training_kernels = FLOAT8
+    how = "" if device_type == "cuda" else f", rounded to it and multiplied in {dtype}: slower than without"
+    return {"products of layers in training": f"float8{how}"}
+
+
+def _widths(c: ModelConfig) -> tuple[int, ...]:
+    """Rows and columns of the matrices of a layer, and of the parts of q, k and v."""
+    return c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim
 
 
 def should_capture(setting: str, model: GPT, context: Context) -> bool:
@@ -215,11 +253,13 @@ class Losses:
     """The model's losses of tokens, for scoring, by the weights that it has when they are called.
 
     windows: of windows, compiled where the model is. stream: of a text that is read on; never compiled, since a chunk
-    is long enough to keep a device busy.
+    is long enough to keep a device busy. learning: the mean of windows, with gradients, as `GPT.loss`; compiled where
+    the model is. None for what cannot learn.
     """
 
     windows: TokenLoss
     stream: OpenStream
+    learning: Callable[..., Tensor] | None = None
 
     def of(self, method: Method) -> TokenLoss | OpenStream:
         """What `epigram.evaluation.scorer.score` needs for `method`."""
@@ -237,7 +277,8 @@ def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -
         cache = Cache(model.config, method.seq_len, limits=limits, attend=attend)
         return partial(model.nll, cache=cache)
 
-    return Losses(windows=compile_shapes(model.nll) if compiled else model.nll, stream=open_stream)
+    prepare = compile_shapes if compiled else lambda function: function
+    return Losses(windows=prepare(model.nll), stream=open_stream, learning=prepare(model.loss))
 
 
 def stream_attention(model: GPT, backend: str, context: Context) -> tuple[Attend, str]:
@@ -297,6 +338,7 @@ def attention_request(model: GPT, context: Context, compiled: bool, backward: bo
         window=0,
         compiled=compiled,
         backward=backward,
+        documents=c.isolated,
     )
 
 
@@ -348,13 +390,29 @@ def bank_transform(model: GPT, config: Config) -> BankTransform:
 
 
 def check_fit(config: Config, data: DataFolder) -> None:
-    """Raises UserError when the data's vocabulary is not the model's."""
+    """Raises UserError when the data's vocabulary is not the model's, or its documents cannot be told apart."""
     found = data.tokenizer.vocab_size
     if found != config.model.vocab_size:
         raise UserError(
             f"the data has a vocabulary of {found}, the recipe {config.model.vocab_size}: "
             f"set model.vocab_size={found}, or build the data with --vocab-size {config.model.vocab_size}"
         )
+    check_documents(config.model, data.tokenizer.bos_id)
+
+
+def check_documents(model: ModelConfig, bos_id: int) -> None:
+    """Raises UserError when documents are to be isolated that begin with another token, or with none (bos_id < 0)."""
+    if not model.isolated or bos_id == model.bos_id:
+        return
+    if bos_id < 0:
+        raise UserError(
+            'model.documents = "isolated" needs documents that begin with a BOS, and the tokenizer has none: set '
+            "model.documents=joined"
+        )
+    raise UserError(
+        f"documents begin with token {bos_id} by the tokenizer, with token {model.bos_id} by the model, which isolates "
+        f"them: set model.bos_id={bos_id}"
+    )
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

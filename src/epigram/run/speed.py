@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from epigram import plugin
-from epigram.attention.base import PACKAGE, Attend, Request
+from epigram.attention.base import PACKAGE, Attend, Request, within
 from epigram.config import Config
 from epigram.dist import collectives
 from epigram.dist.context import Context
@@ -23,6 +23,7 @@ from epigram.dist.context import Context
 _WARM_UPS = 2  # the first compiles, the second allocates
 _ROW_MS = 20.0  # of one backend at one shape; a row of steps takes about as long, and at least one step
 _MOST_REPEATS = 10
+_DOCUMENT = 1_000  # tokens; those of web text have that in the mean
 
 Step = Callable[[], object]
 TimeStep = Callable[[Step], float]
@@ -64,11 +65,24 @@ def agreed_ms(
     times_ms: dict[str, float] = {}
     with collectives.together(context):
         if context.is_main:
-            ready = {name: prepare(attend) if prepare else attend for name, attend in attends.items()}
+            called = {name: as_called(attend, request) for name, attend in attends.items()}
+            ready = {name: prepare(attend) if prepare else attend for name, attend in called.items()}
             times_ms = measure_ms(ready, request, work, context.device, time_step or cuda_ms)
     # The numbers of all backends of the folder, as other ranks cannot know which of them rank 0 has.
     numbers = {n: collectives.from_main(context, times_ms.get(n, math.nan)) for n in plugin.names(PACKAGE)}
     return {name: ms for name, ms in numbers.items() if not math.isnan(ms)}
+
+
+def as_called(attend: Attend, request: Request) -> Attend:
+    """`attend` as a layer calls it: within documents of a usual length, where they are kept apart."""
+    if not request.documents:
+        return attend
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        place = torch.arange(q.shape[1], device=q.device, dtype=torch.int32) % _DOCUMENT
+        return within(attend, place.expand(q.shape[:2]))(q, k, v, window)
+
+    return call
 
 
 def measure_ms(

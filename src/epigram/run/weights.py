@@ -22,7 +22,7 @@ from epigram.quant.quantize import Stored, restore
 from epigram.run import checkpoint
 from epigram.run.api import Model
 from epigram.run.record import CONFIG
-from epigram.run.setup import attach_attention, pick_precision
+from epigram.run.setup import attach_attention, check_documents, pick_precision
 
 ARTIFACT = "model.epigram"
 TOKENIZER = "tokenizer.model"
@@ -132,6 +132,7 @@ def _ready(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: "
             "they do not belong together"
         )
+    check_documents(model.config, tokenizer.bos_id)
     model = model.to(context.device).requires_grad_(False)
     model.compute_dtype, _ = pick_precision("auto", context)
     attach_attention(model, "auto", context, compiled=False)

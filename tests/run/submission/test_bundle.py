@@ -2,26 +2,28 @@
 
 import ast
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from record_helpers import CAP
-from run_helpers import losses_of, result_of, short
+from run_helpers import losses_of, python_alone, result_of, short
 
 import epigram
-from epigram.config import parse_config
+from epigram.config import load_recipe, parse_config
 from epigram.errors import UserError
 from epigram.run.submission.bundle import (
     FORMS,
+    _latin,
     _raw,
+    packed_bytes,
     reachable,
+    read_script,
+    reserve_warning,
     shipped_sources,
     single_file,
     stripped,
@@ -31,18 +33,10 @@ from epigram.run.submission.bundle import (
 PACKAGE = Path(epigram.__file__).parent
 
 
-def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Another Python that does not find this package by a path of ours, on one thread as the tests are: the order of
-    sums decides the last bits."""
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
-
-
 def test_it_holds_the_modules_of_the_package_and_the_recipe():
     config = short()
     readable = unpacked(single_file(config, "readable").decode())
-    packed = unpacked(single_file(config, "packed").decode())
+    packed = unpacked(single_file(config, "packed").decode("latin-1"))
     assert readable is not None
     assert packed is not None
     assert readable.keys() == packed.keys()
@@ -81,6 +75,32 @@ def test_any_text_survives_its_literal(text: str):
     assert ast.literal_eval(_raw(text)) == text
 
 
+@pytest.mark.parametrize("data", [bytes(range(256)), b"\x00123\\n\r\n\"'"], ids=["every byte", "what is escaped"])
+def test_any_bytes_survive_a_source_file(data: bytes, tmp_path: Path):
+    """Through the file as Python itself reads it, and as we do."""
+    path = tmp_path / "script.py"
+    path.write_bytes(f"# coding: latin-1\nX = {_latin(data)}.encode('latin-1')\nprint(X.hex())\n".encode("latin-1"))
+    assert python_alone(path, cwd=tmp_path).stdout.strip() == data.hex()
+    assert ast.literal_eval(read_script(path).split(" = ")[1].split(".encode")[0]).encode("latin-1") == data
+
+
+def test_a_script_in_an_encoding_that_it_does_not_keep_to_is_read(tmp_path: Path):
+    path = tmp_path / "script.py"
+    for text in (b"# coding: nothing\nx = 1\n", b"x = '\xff'\n"):
+        path.write_bytes(text)
+        assert "x = " in read_script(path)
+
+
+def test_what_a_recipe_reserves_for_its_code_is_enough():
+    """Raise code_bytes of the recipe when the package has outgrown it; lower it when 15,000 bytes are unused."""
+    config = load_recipe("h100")
+    needed, reserved = packed_bytes(config), config.artifact.code_bytes
+    assert reserve_warning(config) is None and reserved - 15_000 < needed <= reserved
+    less = replace(config, artifact=replace(config.artifact, code_bytes=needed - 500))
+    assert f"artifact.code_bytes = {needed - 500:,} is less than the" in reserve_warning(less)
+    assert reserve_warning(replace(config, artifact=replace(config.artifact, code_bytes=0))) is None
+
+
 def test_stripping_keeps_the_program():
     text = '"""Doc."""\nx = "kept"  # gone\n\n\nclass A:\n    """Only this."""\n\n\ndef f():\n    """Doc."""\n'
     text += '    return """b"""\n'
@@ -90,7 +110,7 @@ def test_stripping_keeps_the_program():
 def test_a_script_of_another_kind_is_none_of_ours():
     assert unpacked("import torch\nprint(1)\n") is None
     with pytest.raises(UserError, match="cannot be read"):
-        unpacked('EPIGRAM_SINGLE_FILE = 1\nFILES = json.loads(lzma.decompress(base64.b85decode("abcde")))\n')
+        unpacked('EPIGRAM_SINGLE_FILE = 1\nFILES = json.loads(bz2.decompress("abcde".encode("latin-1")))\n')
     with pytest.raises(UserError, match="must be one of readable, packed"):
         single_file(short(), "other")
 
@@ -100,7 +120,9 @@ def test_the_readable_file_trains_and_packs_like_the_package(runs: list[Path], d
     (tmp_path / "train_gpt.py").write_bytes(
         single_file(short(f"artifact.cap_bytes={CAP}", "run.sample_tokens=0"), "readable")
     )
-    done = python("train_gpt.py", "--data", data_path, "--seed", 2, "--out", "out", "--device", "cpu", cwd=tmp_path)
+    done = python_alone(
+        "train_gpt.py", "--data", data_path, "--seed", 2, "--out", "out", "--device", "cpu", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = tmp_path / "out", runs[1]
     assert losses_of(ours) == losses_of(theirs)
@@ -116,14 +138,14 @@ def test_the_readable_file_trains_and_packs_like_the_package(runs: list[Path], d
 @pytest.mark.parametrize("form", FORMS)
 def test_mistakes_cost_a_sentence(form: str, tmp_path: Path):
     (tmp_path / "train_gpt.py").write_bytes(single_file(short(f"artifact.cap_bytes={CAP}"), form))
-    done = python("train_gpt.py", cwd=tmp_path)
+    done = python_alone("train_gpt.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
         "train_gpt.py: say by --data or DATA_PATH where the token shards are\n",
     )
     text = tmp_path / "text.txt"
     text.write_text("no shards")
-    done = python("train_gpt.py", "--data", text, "--device", "cpu", cwd=tmp_path)
+    done = python_alone("train_gpt.py", "--data", text, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2
     assert "is no folder of token shards, and this script does not build any" in done.stderr
 
@@ -132,7 +154,7 @@ def test_three_processes_score_together(good: Path, runs: list[Path], data_path:
     """Under torchrun, a lane each: the artifact is scored by three fresh processes that find each other."""
     shutil.copyfile(good / "train_gpt.py", tmp_path / "train_gpt.py")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "train_gpt.py")
-    done = python(
+    done = python_alone(
         *launch, "--data", data_path, "--out", "out", "--device", "cpu", "--set", "budget.steps=2", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr

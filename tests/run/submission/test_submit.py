@@ -41,6 +41,8 @@ def test_every_figure_is_that_of_the_runs(good: Path, runs: list[Path]):
         line = f"| {seed} | {row['val_loss']:.8f} | {row['val_bpb']:.8f} | {row['steps']:,} | {row['train_s']:.3f} |"
         assert line in readme
         assert (good / f"model_seed{seed}.epigram").read_bytes() == (run / "model.epigram").read_bytes()
+    facts = json.loads((runs[0] / "environment.json").read_text())
+    assert found["hardware"] == f"1 x {facts['device']['name']}" and facts["device"]["name"] == facts["cpu"]
     assert found["val_loss"] == pytest.approx(statistics.fmean(losses))
     assert found["val_loss_std"] == pytest.approx(statistics.stdev(losses))
     assert found["bytes_total"] == max(row["bytes_total"] for row in found["seed_results"].values())
@@ -72,6 +74,10 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path):
     (changed / "config.toml").write_text(config.replace("cap_bytes = 1000000", "cap_bytes = 150000"))
     refuses([changed], r"does not fit with its code: .* over the cap of 150,000; train with --set artifact.code_bytes=")
     (changed / "config.toml").write_text(config)
+    facts = json.loads((changed / "environment.json").read_text())
+    (changed / "environment.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "processes"}))
+    refuses([changed], "has no 'processes': the run was made by another release")
+    (changed / "environment.json").write_text(json.dumps(facts))
     (changed / "model.epigram").write_bytes(b"another")
     refuses([changed], "is not the file that the run scored")
     result = result_of(runs[1])

@@ -26,8 +26,10 @@ def _embedded(tokens, embed, extra, rows, mask, width, columns, dtype: tl.conste
 @triton.jit
 def _enter_kernel(
     tokens, embed, extra, gate, out, rstd_out, num_rows, length, width,
-    eps: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    eps: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, RESET: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """RESET: the token with nothing before it, -1 for none."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     here = rows < num_rows
@@ -37,7 +39,10 @@ def _enter_kernel(
     x *= rstd[:, None]
     if HAS_GATE:
         share = tl.load(gate + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-        old = _embedded(tokens, embed, extra, rows - 1, here & (rows % length > 0), width, columns, dtype, HAS_EXTRA)
+        follows = here & (rows % length > 0)
+        if RESET >= 0:
+            follows &= tl.load(tokens + rows, mask=here, other=0) != RESET
+        old = _embedded(tokens, embed, extra, rows - 1, follows, width, columns, dtype, HAS_EXTRA)
         old *= tl.rsqrt(tl.sum(old * old, 1) / width + eps)[:, None]
         x = (1.0 - share) * x + share * old
     mask = here[:, None] & (columns < width)[None, :]
@@ -48,7 +53,7 @@ def _enter_kernel(
 @triton.jit
 def _enter_backward_kernel(
     grad_out, tokens, embed, extra, gate, rstd, grad_in, sums, num_rows, length, width, num_tiles,
-    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, RESET: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, WIDTH)
     inside = columns < width
@@ -66,8 +71,10 @@ def _enter_backward_kernel(
         x = _embedded(tokens, embed, extra, rows, here, width, columns, dtype, HAS_EXTRA) * scale
         grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_GATE:
-            follows = mask & (rows % length < length - 1)[:, None]
-            later = tl.load(grad_out + at + width, mask=follows, other=0.0).to(tl.float32)
+            followed = here & (rows % length < length - 1)
+            if RESET >= 0:
+                followed &= tl.load(tokens + rows + 1, mask=followed, other=0) != RESET
+            later = tl.load(grad_out + at + width, mask=mask & followed[:, None], other=0.0).to(tl.float32)
             total += x * (later - grad)
             grad = (1.0 - share) * grad + share * later
         grad = scale * (grad - x * (tl.sum(grad * x, 1) / width)[:, None])
@@ -118,7 +125,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, embed: Tensor, extra: Tensor | None, gate: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        tokens: Tensor,
+        embed: Tensor,
+        extra: Tensor | None,
+        gate: Tensor | None,
+        dtype: torch.dtype,
+        reset_id: int,
     ) -> Tensor:
         batch, length = tokens.shape
         width, num_rows = embed.shape[1], tokens.numel()
@@ -128,9 +141,11 @@ class _Enter(torch.autograd.Function):
         rows, wide = tile(width)
         _enter_kernel[(triton.cdiv(num_rows, rows),)](
             tokens, embed, extra, gate, out, rstd, num_rows, length, width, eps=NORM_EPS,
-            HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, ROWS=rows, WIDTH=wide, num_warps=4,
+            HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, RESET=reset_id, ROWS=rows, WIDTH=wide,
+            num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(tokens, embed, extra, gate, rstd)
+        ctx.reset_id = reset_id
         return out
 
     @staticmethod
@@ -145,16 +160,24 @@ class _Enter(torch.autograd.Function):
         sums = torch.empty(programs, width, dtype=torch.float32, device=grad.device)
         _enter_backward_kernel[(programs,)](
             grad, tokens, embed, extra, gate, rstd, grad_in, sums, num_rows, tokens.shape[1], width, num_tiles,
-            HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, ROWS=rows, WIDTH=wide, num_warps=4,
+            HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, RESET=ctx.reset_id, ROWS=rows, WIDTH=wide,
+            num_warps=4,
         )  # fmt: skip
         d_gate = sums.sum(0) if gate is not None else None
-        return None, scatter(grad_in, tokens, embed), grad_in if extra is not None else None, d_gate, None
+        return None, scatter(grad_in, tokens, embed), grad_in if extra is not None else None, d_gate, None, None
 
 
-def enter(tokens: Tensor, embed: Tensor, extra: Tensor | None, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+def enter(
+    tokens: Tensor,
+    embed: Tensor,
+    extra: Tensor | None,
+    gate: Tensor | None,
+    dtype: torch.dtype,
+    reset_id: int = -1,
+) -> Tensor:
     """See `epigram.kernels.front`."""
     extra = None if extra is None else extra.contiguous()
-    result: Tensor = _Enter.apply(tokens, embed, extra, gate, dtype)
+    result: Tensor = _Enter.apply(tokens, embed, extra, gate, dtype, reset_id)
     return result
 
 

@@ -165,8 +165,8 @@ def trunk(
     kept: int = -1,
     last: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `epigram.kernels.trunk`; without layers' `carry`, and `last` only where no gradient is wanted."""
-    assert all(layer.carry is None for layer in layers)
+    """See `epigram.kernels.trunk`; without layers' `carry` and `lora`, and `last` only where no gradient is wanted."""
+    assert all(layer.carry is None and layer.lora is None for layer in layers)
     tensors = [
         tensor
         for layer in layers

@@ -14,6 +14,7 @@ from epigram.model.cost import attention_bytes_per_token, attention_flops_per_to
 from epigram.run import machine
 from epigram.run.bench.base import Bench, Work, lane_name
 from epigram.run.setup import attention_request
+from epigram.run.speed import as_called
 
 REPEATS = 20
 OPTIONS: frozenset[str] = frozenset()
@@ -36,16 +37,16 @@ def _time_backends(bench: Bench, request: Request) -> None:
             bench.left_out[f"{name}, {kind}"] = reason
             continue
         for lane in bench.lanes():
-            _time_backend(bench, name, kind, lane, request.window)
+            _time_backend(bench, name, kind, lane, request)
 
 
-def _time_backend(bench: Bench, name: str, kind: str, lane: Lane, window: int) -> None:
+def _time_backend(bench: Bench, name: str, kind: str, lane: Lane, request: Request) -> None:
     what = f"{name}, {kind}, {lane_name(lane)}"
     if name == ORACLE and (reason := _too_large(bench, lane)):
         bench.left_out[what] = reason
         return
     try:
-        _time_passes(bench, what, plugin.load(PACKAGE, name).attend, lane, window)
+        _time_passes(bench, what, as_called(plugin.load(PACKAGE, name).attend, request), lane, request.window)
     except torch.OutOfMemoryError:
         bench.left_out[what] = "it needs more memory than this device has"
 

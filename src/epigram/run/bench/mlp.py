@@ -11,6 +11,7 @@ from torch import Tensor
 from epigram import plugin
 from epigram.data.lanes import Lane
 from epigram.dist.context import Context
+from epigram.kernels import float8
 from epigram.kernels.base import why_not_products
 from epigram.kernels.products.base import PACKAGE as PRODUCTS
 from epigram.kernels.products.base import Dims
@@ -24,16 +25,31 @@ Passes = tuple[Callable[[], Any], Callable[[], Any]]
 """The forward, and forward and backward."""
 
 
-def plain(x: Tensor, h: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+def plain(
+    x: Tensor, h: Tensor, up: Tensor, down: Tensor, slope: float, linear: Callable[..., Tensor] = F.linear
+) -> Tensor:
     """x + what the MLP makes of h: x, h (tokens, D), up (hidden, D), down (D, hidden) -> (tokens, D)."""
-    return x + F.linear(leaky_square(F.linear(h, up), slope), down)
+    return x + linear(leaky_square(linear(h, up), slope), down)
+
+
+def in_float8(x: Tensor, h: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """The same by `epigram.kernels.float8`."""
+    return plain(x, h, up, down, slope, float8.linear)
 
 
 def variants(bench: Bench) -> dict[str, Callable[..., Passes]]:
     """What is compared, by the name in the table: from (x, h, up, down, grad, slope) to the work."""
-    found: dict[str, Callable[..., Passes]] = {"eager": partial(differentiated, plain)}
-    if bench.engine.compiled:
-        found["compiled"] = partial(differentiated, bench.compile(plain))
+    forms: dict[str, Callable[..., Tensor]] = {"": plain}
+    context, c = bench.engine.context, bench.engine.config.model
+    if reason := float8.why_not(context.device.type, context.capability, (c.model_dim, c.mlp_dim)):
+        bench.left_out["float8"] = reason
+    else:
+        forms["float8, "] = in_float8
+    found: dict[str, Callable[..., Passes]] = {}
+    for form, mlp in forms.items():
+        found[f"{form}eager"] = partial(differentiated, mlp)
+        if bench.engine.compiled:
+            found[f"{form}compiled"] = partial(differentiated, bench.compile(mlp))
     for name, products in usable_products(bench.engine.model.compute_dtype, bench.engine.context).items():
         found[f"products by {name}"] = partial(finished, products)
     return found

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from epigram.evaluation.adapt_config import KINDS, adapted
 from epigram.run.report import tables
 from epigram.run.report.reader import Run, as_table, is_number
 
 # Which score is the run's score: the quantized model before the float one, the method with the longest
-# context first.
-PREFERENCE = [(model, method) for model in ("quantized", "float") for method in ("sliding", "streaming", "blocks")]
+# context first; before all that of a model that adapts meanwhile, where the recipe asked for it.
+_METHODS = (*map(adapted, KINDS), "sliding", "streaming", "blocks")
+PREFERENCE = [(model, method) for model in ("quantized", "float") for method in _METHODS]
 
 # What counts against the time of training.
 TIMES = (("train_s", "training"), ("calibrate_s", "calibration"), ("quantize_s", "quantization"))

@@ -57,13 +57,15 @@ def read_against(record: str | None) -> Against | None:
 def _findings(record: Record, limits: Limits, against: Against | None, run_script: bool) -> Iterator[Finding]:
     yield from rules.files(record)
     yield from rules.figures(record)
+    yield from rules.adaptation(record)
     yield from rules.sizes(record, limits)
     yield from rules.times(record, limits)
     yield from rules.calibration(record)
     yield from rules.code(record)
     yield from rules.significance(record, against)
-    for path in record.artifacts.values():
-        yield from probe(path)
+    kinds = {log.seed: log.adapted for log in record.logs}
+    for seed, path in record.artifacts.items():
+        yield from probe(path, kinds.get(seed))
     if not record.artifacts:
         message = "there is no artifact of ours in the folder, so its conditions were not probed"
         yield Finding(rule="condition.untested", message=message)

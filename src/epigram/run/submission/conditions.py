@@ -1,8 +1,8 @@
 """The conditions on a score that an artifact of ours can be probed for (the four of parameter-golf #1017).
 
 Prefix and normalisation are tested on the loss that scoring uses, with the weights in the file; that every token is
-scored once is tested on the whole scorer. That no update sees an unscored token holds where nothing is updated: the
-released scorer has no optimizer.
+scored once is tested on the whole scorer. That no update sees an unscored token holds where nothing is updated; where
+the log's score is of a model that adapts, the experiments of `epigram score --adapt KIND --probe` test it.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,25 @@ from numpy.typing import NDArray
 
 from epigram.dist.context import Context
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig, SgdConfig
 from epigram.evaluation.windows import Method
+from epigram.run.adapt import Adaptation
+from epigram.run.adapt_probe import probe_tokens
 from epigram.run.probe import Subject
 from epigram.run.setup import scoring_losses
 from epigram.run.submission.findings import Finding
 from epigram.run.weights import load_model
 
 _LENGTH = 48  # tokens of a probe
+_ADAPT = AdaptConfig(
+    sgd=SgdConfig(chunk_tokens=32, epochs=1, num_rows=2), lora=LoraConfig(rank=4, alpha=4.0, chunk_tokens=8)
+)
 _TOLERANCE = 1e-4  # nats: other shapes sum in another order
 _SUM_TOLERANCE = 1e-3
 
 
-def probe(path: Path) -> Iterator[Finding]:
-    """Findings about the artifact at `path`; nothing in it is executed."""
+def probe(path: Path, kind: str | None = None) -> Iterator[Finding]:
+    """Findings about the artifact at `path`; nothing in it is executed. kind: of adaptation, if it was scored so."""
     try:
         model = load_model(path, "cpu")
     except UserError as error:
@@ -50,6 +56,16 @@ def probe(path: Path) -> Iterator[Finding]:
     sliding = Method(name="sliding", seq_len=min(16, length), stride=5)
     if wrong := _counted(replace(subject, method=sliding, batch_tokens=64), tokens):
         yield Finding(rule="condition.once", message=f"{path.name}: {wrong}")
+    if kind is not None:
+        adaptation = Adaptation(
+            config=replace(_ADAPT, kind=kind), model=model.gpt, losses=subject.losses, context=context,
+            bos_id=model.tokenizer.bos_id,
+        )  # fmt: skip
+        text = np.random.default_rng(0).integers(vocab_size, size=200).astype(np.uint16)
+        for found in probe_tokens(adaptation, text, sliding, vocab_size, batch_tokens=64):
+            if not found.passed:
+                message = f"{path.name}, adapted by {kind}: {found.name}: {found.detail}"
+                yield Finding(rule="condition.released", message=message)
 
 
 def _prefix_change(subject: Subject, tokens: NDArray[np.uint16], vocab_size: int) -> float:

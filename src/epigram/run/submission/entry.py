@@ -84,7 +84,8 @@ def score_artifact(model: Path, data: str | None, device: str, overrides: Sequen
     """Score a packed file by the recipe's methods; the last line printed is the result as JSON."""
     if not data:
         raise UserError("say by --data or DATA_PATH where the validation shards are")
-    score = the_recipe(overrides).score
+    config = the_recipe(overrides)
+    score = config.score
     found = score_model(
         model,
         data,
@@ -94,6 +95,8 @@ def score_artifact(model: Path, data: str | None, device: str, overrides: Sequen
         streaming=score.streaming,
         batch_tokens=score.batch_tokens,
         device=device,
+        adapt=config.score.adapt,
+        limit_s=config.budget.score_s,
     )
     if found:
         print(json.dumps(found["scores"]), flush=True)

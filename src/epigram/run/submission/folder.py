@@ -12,7 +12,6 @@ What counts against the cap is the size of `train_gpt.py` as it lies in the fold
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from epigram.artifact.size import CapCheck
 from epigram.config import Config, load_recipe, to_tree
 from epigram.data.files import sha256_of
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import adapted
 from epigram.run import statistics
 from epigram.run.compare import by_seed, read_scored, require_comparable
 from epigram.run.export import over_budget
@@ -215,6 +215,14 @@ def _metadata(
             "tested_by": "epigram check",
         },
     }
+    if (kind := facts[0].adapted) is not None:
+        plain = [_said(log.unadapted and log.unadapted[1], log, "its score unadapted") for log in facts]
+        rows = [source.result["scores"]["quantized"] for source in sources]
+        found["adapted"] = {
+            **rows[0][adapted(kind)]["adapt"],
+            "val_bpb_unadapted": statistics.summarize(plain).mean,
+            "gain_bpb": statistics.summarize(plain).mean - found["val_bpb"],
+        }
     if about.record_nats is not None:
         test = statistics.compare_with_number(nats, about.record_nats, statistics.RECORD_NATS)
         found["record"] = {"val_loss": about.record_nats, **asdict(test)}
@@ -222,11 +230,12 @@ def _metadata(
 
 
 def _hardware(source: Source) -> str:
-    """The device that the run computed on, and how many processes of it there were."""
-    processes = re.search(r"(\d+) process", source.result.get("paths", {}).get("lanes", ""))
-    gpus = [gpu["name"] for gpu in source.environment.get("gpus", [])]
-    device = gpus[0] if gpus and source.result["paths"].get("device") != "cpu" else source.environment.get("cpu")
-    return f"{processes[1] if processes else 1} x {device}"
+    """The device that the run computed on, and how many of them."""
+    try:
+        return f"{source.environment['processes']} x {source.environment['device']['name']}"
+    except KeyError as error:
+        path = source.path / ENVIRONMENT
+        raise UserError(f"{path} has no {error}: the run was made by another release, train it again") from error
 
 
 def _row(log: LogFacts, code_bytes: int) -> dict[str, Any]:

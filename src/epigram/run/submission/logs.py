@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from epigram.evaluation.adapt_config import KINDS, adapted
 from epigram.run.report.summary import PREFERENCE
 
 _NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
@@ -56,10 +57,24 @@ class LogFacts:
         return None if self.label is None else self.scores[self.label][1]
 
     @property
+    def adapted(self) -> str | None:
+        """How the model learned while the score that counts was made, "sgd" or "lora"; None where it did not."""
+        return next((kind for kind in KINDS if self.label == _label(adapted(kind))), None)
+
+    @property
+    def unadapted(self) -> tuple[float, float] | None:
+        """Nats a token and bits per byte of the same model that did not learn, by sliding windows."""
+        return self.scores.get(_label("sliding"))
+
+    @property
     def spent_s(self) -> float | None:
         """Training, calibration and quantization together."""
         parts = [part for part in (self.train_s, self.calibrate_s, self.quantize_s) if part is not None]
         return sum(parts) if parts else None
+
+
+def _label(method: str) -> str:
+    return f"final_quantized_{method}_exact"
 
 
 def read_log(path: Path) -> LogFacts:

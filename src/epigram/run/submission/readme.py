@@ -72,10 +72,30 @@ def _seconds(value: float | None) -> str:
 
 
 def _scored(found: Mapping[str, Any], config: Config) -> str:
+    if "adapted" in found:
+        return _adapted(found, config)
     return (
         f"The score is `{found['scored']}` of each log: the packed file, read back, windows of "
         f"{config.score.seq_len:,} tokens, stride {config.score.stride:,}; each token of the validation split is "
         "scored exactly once."
+    )
+
+
+def _adapted(found: Mapping[str, Any], config: Config) -> str:
+    how, width, stride = found["adapted"], f"{config.score.seq_len:,}", f"{config.score.stride:,}"
+    reads = (
+        f"windows of {width} tokens, stride {stride}; after each chunk of them all weights learn its tokens by SGD"
+        if how["kind"] == "sgd"
+        else f"each document from its start, in windows of up to {width} tokens; after each chunk of it low-rank "
+        "adapters of this document learn its tokens"
+    )
+    settings = ", ".join(f"{k} {v}" for k, v in how.items() if k not in ("kind", "val_bpb_unadapted", "gain_bpb"))
+    return (
+        f"The score is `{found['scored']}` of each log, of a model that **adapts while it is scored**: the packed "
+        f"file, read back, {reads} ({settings}). Each token of the validation split is scored exactly once, before "
+        "anything has learned it. Without adaptation the same files have "
+        f"**{how['val_bpb_unadapted']:.6f} bits per byte** by sliding windows (stride {stride}): "
+        f"adaptation gains {how['gain_bpb']:+.6f}."
     )
 
 
@@ -130,9 +150,12 @@ def _time(found: Mapping[str, Any], config: Config) -> str:
 def _conditions(found: Mapping[str, Any], config: Config) -> str:
     calibration = found["calibration"]
     words = ", ".join(f"{key} {value}" for key, value in calibration.items() if value != "")
+    weights = "the weights do not change while scoring"
+    if "adapted" in found:
+        weights = "the weights change while scoring, by tokens that are scored already and by no others"
     return (
         "The prediction of a token depends on the artifact and the tokens before it; it is a softmax over all "
-        f"{config.model.vocab_size:,} tokens; the weights do not change while scoring; each token is scored once, "
+        f"{config.model.vocab_size:,} tokens; {weights}; each token is scored once, "
         "left to right. Scoring reads the artifact and the validation shards, no network. Calibration: "
         f"{words} (the artifact's header says the same)."
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from epigram.errors import UserError
+from epigram.run.submission.bundle import read_script
 from epigram.run.submission.logs import LogFacts, read_log
 
 _CODE = frozenset({".py", ".pyx", ".cu", ".cuh", ".c", ".cpp", ".h", ".so", ".sh", ".lzma", ".zip"})
@@ -55,7 +56,7 @@ def read_record(folder: Path) -> Record:
     found, problem = None, None
     if (text := _text(folder / "submission.json")) is not None:
         try:
-            found = json.loads(text)
+            found = json.loads(text, parse_constant=_refuse)
             if not isinstance(found, dict):
                 found, problem = None, "it holds no table"
         except (ValueError, RecursionError) as error:
@@ -69,11 +70,15 @@ def read_record(folder: Path) -> Record:
         json=found,
         json_problem=problem,
         readme=_text(folder / "README.md"),
-        script=_text(folder / "train_gpt.py"),
+        script=read_script(path) if (path := folder / "train_gpt.py").is_file() else None,
         requirements=_text(folder / "requirements.txt"),
         logs=tuple(read_log(path) for path in sorted(folder.glob("train*.log"))),
         artifacts=artifacts,
     )
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _text(path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The rules that need nothing but reading: files, figures against each other, limits, code as text, significance."""
 
 import ast
+import math
 import statistics as plain
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def figures(record: Record) -> Iterator[Finding]:
         row = rows.get(str(log.seed)) if isinstance(rows, dict) else None
         for key, value in (("val_bpb", log.val_bpb), ("val_loss", log.val_nats)):
             said = row.get(key) if isinstance(row, dict) else None
-            if _is_number(said) and value is not None and abs(float(str(said)) - value) > _ROUNDED:
+            if said is None or value is None:
+                continue
+            if not _is_number(said) or abs(float(str(said)) - value) > _ROUNDED:
                 message = f"seed {log.seed}: {key} is {said} in submission.json and {value} in {log.name}"
                 yield Finding(rule="log.json", message=message)
         if record.readme is not None and not _says(record.readme, log.val_bpb):
@@ -83,7 +86,12 @@ def figures(record: Record) -> Iterator[Finding]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A finite one: 1e999 is JSON, and infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _figure(value: object) -> str:
+    return f"{value:,}" if _is_number(value) else repr(value)
 
 
 def _says(text: str, value: float | None) -> bool:
@@ -91,12 +99,25 @@ def _says(text: str, value: float | None) -> bool:
     return value is not None and any(f"{value:.{digits}f}" in text for digits in range(4, 9))
 
 
+def adaptation(record: Record) -> Iterator[Finding]:
+    """Whether the score is that of a model which learned meanwhile, and what it has without."""
+    for log in record.logs:
+        if log.adapted is None:
+            continue
+        if log.unadapted is None or log.val_bpb is None:
+            yield Finding(rule="score.unadapted", message=f"{log.name} gives the score of an adapted model alone")
+            continue
+        plain, own = log.unadapted[1], log.val_bpb
+        words = f"{log.name}: {own:.6f} bits per byte while the model learns ({log.adapted}), {plain:.6f} without"
+        yield Finding(rule="score.adapted", message=words)
+
+
 def sizes(record: Record, limits: Limits) -> Iterator[Finding]:
     """Bytes of the files against the cap, for each seed, and against what is claimed."""
     code, found = record.code_bytes, record.json or {}
     said = found.get("bytes_code")
-    if _is_number(said) and said != code:
-        message = f"submission.json counts {said:,} bytes of code, the files take {code:,}"
+    if said is not None and said != code:
+        message = f"submission.json counts {_figure(said)} bytes of code, the files take {code:,}"
         yield Finding(rule="size.counted", message=message)
     largest = 0
     for log in record.logs:
@@ -110,8 +131,9 @@ def sizes(record: Record, limits: Limits) -> Iterator[Finding]:
             message = f"seed {log.seed}: {size:,} + {code:,} of code, {over:,} over the cap of {limits.cap_bytes:,}"
             yield Finding(rule="size.cap", message=message)
         yield from _artifact(record, log)
-    if _is_number(found.get("bytes_total")) and largest and found["bytes_total"] < largest:
-        message = f"submission.json gives {found['bytes_total']:,} bytes in total, the largest seed takes {largest:,}"
+    total = found.get("bytes_total")
+    if total is not None and largest and not (_is_number(total) and total >= largest):
+        message = f"submission.json gives {_figure(total)} bytes in total, the largest seed takes {largest:,}"
         yield Finding(rule="size.counted", message=message)
 
 

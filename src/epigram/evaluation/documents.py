@@ -1,0 +1,118 @@
+"""Scores documents by themselves, each from its start, with adapters that learn what of it is scored already.
+
+A document is read chunk by chunk. Of each, a window of up to seq_len tokens that ends with the chunk gives the losses
+of the chunk's targets; then the adapters learn these, but for the document's last. Several documents are read side by
+side, and processes share them; their order, by length, is that of the work and not of what is known.
+Source: parameter-golf #1530.
+
+Legend: B documents side by side, T tokens of each that a forward reads.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from epigram.evaluation.adapt_config import LoraConfig
+from epigram.evaluation.lora import LoraLoss
+from epigram.evaluation.passes import Part
+from epigram.evaluation.scorer import Pace
+from epigram.kernels.lora import Lora
+
+
+class DocumentAdapter(Protocol):
+    """Learns documents from what the scorer releases."""
+
+    def begin(self, num_documents: int) -> None:
+        """So many new documents: everything is forgotten."""
+
+    def factors(self, num_rows: int) -> Lora:
+        """What the first so many documents add to the model now."""
+
+    def learn(self, tokens: NDArray[np.uint16], num_new: int) -> None:
+        """`tokens` (rows, T + 1) of the first so many documents are scored, the last `num_new` of each just now."""
+
+
+def find_documents(tokens: NDArray[np.integer], bos_id: int) -> NDArray[np.int64]:
+    """(documents, 2): the targets first..end-1 of each, as in a stream of (n + 1,) tokens that has n targets.
+
+    A document begins with its BOS token, which the one before predicts; what precedes the first one is a document.
+    """
+    starts = np.flatnonzero(tokens[:-1] == bos_id)
+    starts = np.concatenate([np.zeros(1, np.int64), starts[starts > 0]])
+    return np.stack([starts, np.append(starts[1:], len(tokens) - 1)], axis=1)
+
+
+def document_batches(
+    documents: NDArray[np.int64], config: LoraConfig, seq_len: int, batch_tokens: int
+) -> list[NDArray[np.int64]]:
+    """`documents` in batches, the longest first, of at most `batch_tokens` in a forward."""
+    lengths = documents[:, 1] - documents[:, 0]
+    ordered = documents[np.argsort(-lengths, kind="stable")]
+    found, first = [], 0
+    while first < len(ordered):
+        longest = int(ordered[first, 1] - ordered[first, 0])
+        size = max(min(config.num_documents, batch_tokens // min(seq_len, longest)), 1)
+        found.append(ordered[first : first + size])
+        first += size
+    return found
+
+
+def document_parts(
+    nll: LoraLoss,
+    tokens: NDArray[np.uint16],
+    batches: list[NDArray[np.int64]],
+    adapter: DocumentAdapter,
+    config: LoraConfig,
+    seq_len: int,
+    device: torch.device,
+    pace: Pace | None = None,
+) -> Iterator[Part]:
+    """The losses of `batches`, a rank's share, chunk after chunk; what goes on is learned when its losses are out."""
+    total, done = sum(work(batch, config, seq_len) for batch in batches), 0
+    for batch in batches:
+        yield from _read(nll, tokens, batch, adapter, config.chunk_tokens, seq_len, device)
+        done += work(batch, config, seq_len)
+        if pace is not None:
+            pace(done / total)
+
+
+def work(batch: NDArray[np.int64], config: LoraConfig, seq_len: int) -> int:
+    """Tokens that the scoring forwards of a batch read; learning reads as many again, forward and backward."""
+    chunks = -(-(batch[:, 1] - batch[:, 0]) // config.chunk_tokens)
+    ends = config.chunk_tokens * np.arange(1, int(chunks.max()) + 1)
+    read = np.cumsum(np.minimum(ends, seq_len))
+    return int(read[chunks - 1].sum())
+
+
+def _read(
+    nll: LoraLoss,
+    tokens: NDArray[np.uint16],
+    batch: NDArray[np.int64],
+    adapter: DocumentAdapter,
+    chunk: int,
+    seq_len: int,
+    device: torch.device,
+) -> Iterator[Part]:
+    start, lengths = batch[:, 0], batch[:, 1] - batch[:, 0]
+    adapter.begin(len(batch))
+    for begin in range(0, int(lengths[0]), chunk):
+        rows, end = int((lengths > begin).sum()), begin + chunk  # the longest come first
+        # Windows depend on the chunk alone: how long a document will be must not show. What lies behind its end fills
+        # the last chunk up: no earlier position sees it.
+        first = max(end - seq_len, 0)
+        places = start[:rows, None] + np.arange(first, end + 1)
+        window = tokens[np.minimum(places, start[:rows, None] + lengths[:rows, None])]
+        ids = torch.from_numpy(window.astype(np.int64)).to(device)
+        with torch.no_grad():
+            losses = nll(
+                ids[:, :-1].contiguous(), ids[:, 1:].contiguous(),
+                rope_len=seq_len, last=chunk, lora=adapter.factors(rows),
+            )  # fmt: skip
+        count = np.minimum(lengths[:rows] - begin, chunk)
+        scored = torch.arange(chunk, device=device) < torch.from_numpy(count).to(device)[:, None]
+        yield Part(losses, scored, start[:rows] + begin, int(count.sum()))
+        if going := int((lengths > end).sum()):
+            adapter.learn(window[:going].copy(), chunk)
