@@ -89,7 +89,14 @@ def test_it_is_done_once(tmp_path: Path, monkeypatch):
     assert precompile(SMALL, "triton", context, tmp_path) is None
     for same in ({"qk_gain": 5.0}, {"window": 3}, {"xsa_layers": (0,)}, {"rotary_scaling": "none"}):
         assert precompile(replace(SMALL, **same), "triton", context, tmp_path) is None, same
-    for other in ({"mlp_dim": 64}, {"window": 0, "window_layers": ()}, {"skips": "none"}, {"num_kv_heads": 4}):
+    isolated = {"documents": "isolated", "bos_id": 1}
+    for other in (
+        {"mlp_dim": 64},
+        {"window": 0, "window_layers": ()},
+        {"skips": "none"},
+        {"num_kv_heads": 4},
+        isolated,
+    ):
         assert precompile(replace(SMALL, **other), "triton", context, tmp_path) is not None, other
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert precompile(SMALL, "triton", context, tmp_path) is not None

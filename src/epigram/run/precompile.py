@@ -129,7 +129,7 @@ def _shape(c: ModelConfig) -> list[Any]:
     """What decides which kernels a model calls: another gain, rotation or length of window needs no other ones (whether
     there is a window does; how long it is, flash-attn-4 is told in the call), so no processes either."""
     widths = (c.num_heads, c.num_kv_heads, c.head_dim, c.model_dim, c.mlp_dim)
-    return [widths, c.mlp_slope, bool(c.window_layers), c.skips != "none"]
+    return [widths, c.mlp_slope, bool(c.window_layers), c.skips != "none", c.isolated]
 
 
 def tasks(model: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Task]:
