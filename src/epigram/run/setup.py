@@ -17,7 +17,6 @@ from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
-from epigram.dist import collectives
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
@@ -78,10 +77,6 @@ class Engine:
     def lends_gradients(self) -> bool:
         """Whether a lane's gradients are overwritten by the next lane of the step."""
         return bool(self.graphs) and len(self.lanes) > 1
-
-    def reduce(self) -> Callable[[list[Tensor]], None] | None:
-        """How gradients are summed over processes; None when there is nothing to communicate."""
-        return partial(collectives.sum_, self.context) if self.context.world_size > 1 else None
 
 
 @dataclass(kw_only=True)
@@ -149,10 +144,15 @@ def build_engine(config: Config, context: Context) -> Engine:
         config=config,
         context=context,
         model=model,
-        optimizer=Optimizer(named, roles, config.optim, kernels=config.run.kernels),
+        optimizer=Optimizer(named, roles, config.optim, kernels=config.run.kernels, context=context),
         average=average_of(named, config.average),
         gradients=LaneGradients(
-            named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
+            named,
+            clip=config.gradients.clip,
+            max_norm=config.gradients.max_norm,
+            lane_weights=weights,
+            banks=[name for name, role in roles.items() if role.kind == "matrix"],
+            context=context,
         ),
         lanes=plan.ranks[context.rank],
         lane_loss=partial(lane_loss, kernels=FLOAT8) if config.run.float8 else lane_loss,
