@@ -72,6 +72,14 @@ def test_what_processes_tell_each_other(tmp_path: Path):
                      torch.tensor(0.1, dtype=torch.float64)]
             collectives.sum_(context, mixed)
             assert [t.tolist() for t in mixed] == [[3.0, 20.0], 5, [[2.0, 2.0], [2.0, 2.0]], 0.2], mixed
+            first, whole = torch.full((2,), 1.0 + r), torch.arange(4.0)[:, None] + 10 * r
+            messages = [collectives.begin_sum(context, [first]), collectives.begin_scatter(context, whole)]
+            own = messages[1].wait()
+            assert own.flatten().tolist() == [[10, 12], [14, 16]][r]
+            assert own.data_ptr() == whole[2 * r].data_ptr(), "where it was"
+            assert collectives.begin_gather(context, own).wait().flatten().tolist() == [10, 12, 14, 16]
+            messages[0].wait()
+            assert messages[0].wait().tolist() == first.tolist() == [3, 3], "may be waited for again"
             assert collectives.from_main(context, 0.1 + r) == 0.1, "to the last bit"
             assert together([]) == "well"
             assert together([0]) == ("ValueError" if r == 0 else "LostPeerError")
@@ -80,7 +88,8 @@ def test_what_processes_tell_each_other(tmp_path: Path):
             assert together([]) == "well", "and they can go on"
             if r == 1:
                 raise SystemExit(5)
-            for call in (lambda: collectives.sum_(context, [torch.ones(2)]),
+            for call in (lambda: collectives.begin_gather(context, torch.ones(2)).wait(),
+                         lambda: collectives.sum_(context, [torch.ones(2)]),
                          lambda: collectives.from_main(context, 1.0), lambda: together([]), lambda: together([0])):
                 try:
                     print(call())
@@ -90,8 +99,8 @@ def test_what_processes_tell_each_other(tmp_path: Path):
     """
     (code, out, err), (other, _, _) = run_two(script, tmp_path)
     assert (code, other) == (0, 5), err
-    assert out.split()[0] == "LostPeerError"
-    assert out.split()[2:] == ["LostPeerError", "ValueError"]
+    assert out.split()[:2] == ["LostPeerError"] * 2
+    assert out.split()[3:] == ["LostPeerError", "ValueError"]
 
 
 def test_all_processes_take_the_backend_that_the_first_one_measured(tmp_path: Path):
