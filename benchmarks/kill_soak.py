@@ -1,4 +1,4 @@
-"""Kill a run again and again: `python benchmarks/kill_soak.py [--kills 20] [--steps 60] [--seed 0]`.
+"""Kill a run again and again: `python benchmarks/kill_soak.py [--kills 20] [--steps 60] [--seed 0] [--set KEY=VALUE]`.
 
 A run of recipe smoke, by counted steps and with a checkpoint every few steps, is killed with SIGKILL at random moments,
 some of them while a checkpoint is being written, and resumed until it is over. Its last checkpoint is compared bit by
@@ -33,7 +33,7 @@ def settings(steps: int) -> list[str]:
     return [f"budget.steps={steps}", f"run.checkpoint_every_s={every_s}", "run.log_every=1", "run.val_every=0"]
 
 
-def work(data: str, run: str, steps: int, resume: bool) -> None:
+def work(data: str, run: str, settings: list[str], resume: bool) -> None:
     """What a forked process does: the run from its start, or from its last checkpoint."""
     import torch
 
@@ -46,11 +46,11 @@ def work(data: str, run: str, steps: int, resume: bool) -> None:
     if resume:
         run_job("", resume=Path(run), until="train", device="cpu")
     else:
-        run_job("smoke", data_path=data, out=Path(run), overrides=settings(steps), until="train", device="cpu")
+        run_job("smoke", data_path=data, out=Path(run), overrides=settings, until="train", device="cpu")
 
 
-def start(data: Path, run: Path, steps: int, resume: bool) -> Any:
-    process = PARENT.Process(target=work, args=(str(data), str(run), steps, resume))
+def start(data: Path, run: Path, settings: list[str], resume: bool) -> Any:
+    process = PARENT.Process(target=work, args=(str(data), str(run), settings, resume))
     process.start()
     return process
 
@@ -89,10 +89,11 @@ def kill_somewhere(process: Any, run: Path, draw: random.Random) -> str:
     return "in the midst of writing" if left else "between checkpoints"
 
 
-def soak(data: Path, folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
+def soak(data: Path, folder: Path, kills: int, steps: int, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Kill and resume; raises AssertionError when anything is lost or differs."""
+    chosen = [*settings(steps), *overrides]
     draw, run, whole = random.Random(seed), folder / "killed", folder / "whole"
-    process = start(data, whole, steps, resume=False)
+    process = start(data, whole, chosen, resume=False)
     process.join()
     assert process.exitcode == 0, "the run that nobody kills did not end well"
     counts: dict[str, int] = {}
@@ -100,11 +101,11 @@ def soak(data: Path, folder: Path, kills: int, steps: int, seed: int) -> dict[st
     rounds = 0
     while done < kills:
         if step_of(run) >= steps - EVERY_STEPS:  # nearly over: another run to be killed
-            finish(data, run, whole, steps)
+            finish(data, run, whole, steps, chosen)
             rounds += 1
             run = folder / f"killed-{rounds}"
         before = step_of(run)
-        process = start(data, run, steps, resume=before > 0) if before or not run.exists() else None
+        process = start(data, run, chosen, resume=before > 0) if before or not run.exists() else None
         if process is None:  # killed before its first checkpoint: there is nothing to resume, it begins again
             run = folder / f"{run.name}+"
             continue
@@ -117,13 +118,16 @@ def soak(data: Path, folder: Path, kills: int, steps: int, seed: int) -> dict[st
             done += 1
             counts[where] = counts.get(where, 0) + 1
             print(f"kill {done}: {where}, step {after} of {steps} is safe", flush=True)
-    finish(data, run, whole, steps)
+    finish(data, run, whole, steps, chosen)
     return {"kills": done, "runs": rounds + 1, "steps": steps, **counts}
 
 
-def finish(data: Path, run: Path, whole: Path, steps: int) -> None:
+def finish(data: Path, run: Path, whole: Path, steps: int, chosen: list[str]) -> None:
     """Resume to the end, and compare with the run that nobody killed."""
-    process = start(data, run, steps, resume=step_of(run) > 0)
+    resume = step_of(run) > 0
+    if not resume:  # killed before its first checkpoint: it begins again
+        run = run.with_name(f"{run.name}+")
+    process = start(data, run, chosen, resume=resume)
     process.join()
     assert process.exitcode == 0, f"the resumed run ended with {process.exitcode}"
     left, right = load(run), load(whole)
@@ -140,6 +144,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     from run_helpers import write_text
 
@@ -152,7 +157,7 @@ def main() -> int:
         write_text(folder / "text.txt", 500, seed=0)
         build([folder / "text.txt"], folder / "data", vocab_size=512, val_fraction=0.05, workers=1)
         try:
-            found = soak(folder / "data", folder, options.kills, options.steps, options.seed)
+            found = soak(folder / "data", folder, options.kills, options.steps, options.seed, options.overrides)
         except AssertionError as error:
             print(f"FAILED: {error}")
             return 1

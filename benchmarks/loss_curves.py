@@ -17,6 +17,7 @@ from typing import Any
 
 PLAIN = ['run.kernels="plain"', 'run.compile="off"', 'run.cuda_graphs="off"', 'run.attention="sdpa"']
 WAYS = {"fast": [], "plain": PLAIN, "float32": [*PLAIN, 'run.precision="float32"']}
+EVERY = 5  # steps between points of the figure
 LATE = 50  # steps at the end over which distances are averaged
 
 
@@ -44,6 +45,7 @@ def run(way: str, recipe: str, data: str | None, steps: int, out: Path, work: Pa
     subprocess.run(command, check=True)
     losses = [row["train_loss"] for row in _rows(work / way / "metrics.jsonl") if row.get("phase") == "train"]
     environment = json.loads((work / way / "environment.json").read_text("utf-8"))
+    environment.pop("command")  # of this machine's folders; `settings` say the rest
     record = {"way": way, "recipe": recipe, "settings": chosen, "machine": environment, "losses": losses}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{way}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
@@ -70,7 +72,7 @@ def draw(folder: Path) -> None:
 
     records = {way: json.loads((folder / f"{way}.json").read_text("utf-8")) for way in WAYS}
     losses = {way: record["losses"] for way, record in records.items()}
-    series = {w: [Point(x=i + 1, y=loss) for i, loss in enumerate(values)] for w, values in losses.items()}
+    series = {w: [Point(x=i + 1, y=values[i]) for i in range(0, len(values), EVERY)] for w, values in losses.items()}
     title = f"{records['fast']['recipe']}: losses of the first steps, one seed"
     save(Drawing(title=title, x_label="step", y_label="loss, nats", series=series), folder / "loss-curves.svg")
     print(f"| last {LATE} steps | mean difference to float32 | mean absolute difference |\n|---|---|---|")

@@ -133,15 +133,16 @@ def clipping(bench: Bench, setup: Setup) -> None:
 
 
 def parts(bench: Bench, setup: Setup, kernels: list[str]) -> None:
-    """Muon in its two halves, AdamW, the average, and all of them."""
+    """Muon and its parts, AdamW, the average, and all of them."""
     for name in kernels:
         named, optimizer = setup.optimizer(name)
         muon, one = optimizer._muon, torch.ones((), device=setup.device)
         momentum, multiplier = MOMENTUM * one, MULTIPLIER * one
         bench(f"Muon, {name}", partial(muon.step, multiplier, momentum, one))
-        bench(f"  momentum, {name}", partial(muon.absorb, momentum, one))
-        bench(f"  products and weights, {name}", partial(muon.apply, multiplier))
-        bench(f"  weights alone, {name}", partial(weights_alone, muon, multiplier))
+        every = range(len(muon._plan))
+        bench(f"  momentum, {name}", partial(for_each, every, muon._absorb, momentum, one))
+        bench(f"  products, {name}", partial(for_each, every, muon._orthogonalize))
+        bench(f"  weights, {name}", partial(weights_alone, muon, multiplier))
     bench("AdamW", partial(optimizer._adamw.step, multiplier, one))
     bench("average", Ema(named, 0.997).apply)
 
@@ -156,10 +157,20 @@ def summary(bench: Bench, kernels: list[str]) -> None:
             print(f"  sums, {way}: clip + AdamW + average {rest:.3f} (aim 0.5), {muon} (aim 4)", flush=True)
 
 
+@torch.no_grad()
+def for_each(batches: range, work: Callable[..., Any], *arguments: Tensor) -> None:
+    """Part of Muon's step for each of its batches."""
+    for index in batches:
+        work(index, *arguments)
+
+
+@torch.no_grad()
 def weights_alone(muon: Muon, multiplier: Tensor) -> None:
     """The last pass of Muon, on updates that are not orthogonalised."""
     triples, muon._triples = muon._triples, ()
-    muon.apply(multiplier)
+    factors = iter(muon._factors(multiplier))
+    for index in range(len(muon._plan)):
+        muon._descend(index, muon._orthogonalize(index), factors, None)
     muon._triples = triples
 
 

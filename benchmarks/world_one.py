@@ -1,12 +1,12 @@
-"""What the distributed code costs one process: `python benchmarks/world_one.py [RECIPE] [--rounds 3] [--steps 40]`.
+"""What the distributed code costs one process: `python benchmarks/world_one.py [RECIPE] [--seconds 30]`.
 
-Two processes are started on the same device one after the other, again and again: one takes steps without a process
-group, the other, as torchrun starts a single rank, with one (NCCL and gloo on CUDA, gloo on a CPU), the gradients and
-losses of every step summed over it and the clock agreed on. Prints the median step of both, their ratio and one line of
-JSON. The goal: a ratio below 1.01.
+One process takes steps in turn without messages and with them: then every gradient is reduced, scattered and gathered,
+every loss summed and the clock agreed on as if there were others, over a process group of one (NCCL and gloo on CUDA,
+gloo on a CPU). Pairs of blocks, each in the opposite order of the one before, so that a drift of the clock cancels.
+Prints a line for each pair, and at the end the median of their ratios and one line of JSON. The goal: below 1.01.
 
     python benchmarks/world_one.py h100
-    python benchmarks/world_one.py smoke --rounds 2 --steps 3      (any CPU)
+    python benchmarks/world_one.py smoke --seconds 5      (any CPU)
 """
 
 import argparse
@@ -14,88 +14,76 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from prepared import prepared, say, steps_ms
 
-def take_steps(options: argparse.Namespace) -> None:
-    """In a process of its own: step times in ms, as a line of JSON."""
-    import torch.distributed as dist
-    from checkpoint_cost import PLAN, prepared
+from epigram.dist.context import Context, pick_device
 
-    from epigram.dist.context import Context, pick_device
-    from epigram.run.decision import agree
-    from epigram.run.setup import Engine
-    from epigram.run.signals import Requests
-    from epigram.run.train import compute_step
-
-    context = Context(device=pick_device(options.device))
-    if options.child == "group":
-        import torch
-
-        from epigram.dist import collectives
-
-        if context.device.type == "cuda":
-            torch.cuda.set_device(context.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo")
-
-        engine, batches = prepared(options.recipe, options.overrides, context)
-        # One process that communicates as if there were others: every message goes through the group's backend.
-        context = engine.context = Context(world_size=2, device=context.device)
-        Engine.reduce = lambda self: partial(collectives.sum_, context)  # type: ignore[method-assign]
-    else:
-        engine, batches = prepared(options.recipe, options.overrides, context)
-    times_ms = []
-    for _ in range(options.steps):
-        context.synchronize()
-        start_s = time.perf_counter()
-        for _ in range(2):
-            agree(context, 0.0, Requests())
-            compute_step(engine, batches, PLAN)
-        context.synchronize()
-        times_ms.append(500 * (time.perf_counter() - start_s))
-    print(json.dumps(times_ms))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+BLOCK_S, FEWEST_PAIRS = 1.0, 2
 
 
-def child(kind: str, arguments: list[str]) -> list[float]:
+class Talker(Context):
+    """A process that communicates although it is alone, while `talks`."""
+
+    talks: ClassVar[bool] = False
+
+    @property
+    def has_peers(self) -> bool:
+        return self.talks
+
+
+def open_group(device: torch.device) -> None:
+    """A process group of one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--child", kind],
-        stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(group if kind == "group" else {})},
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="h100")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="Pairs of steps that a process times.")
+    parser.add_argument("--seconds", type=float, default=30.0, help="What the steps together take, about.")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--child", choices=("plain", "group"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        take_steps(options)
-        return 0
-    medians: dict[str, list[float]] = {"plain": [], "group": []}
-    for _ in range(options.rounds):
-        for kind, found in medians.items():
-            found.append(statistics.median(child(kind, sys.argv[1:])))
-    plain_ms, group_ms = (statistics.median(found) for found in medians.values())
-    print(f"without a process group {plain_ms:.3f} ms a step, with {group_ms:.3f}: ratio {group_ms / plain_ms:.4f}")
-    print(json.dumps({"recipe": options.recipe, "plain_ms": medians["plain"], "group_ms": medians["group"],
-                      "ratio": group_ms / plain_ms}))  # fmt: skip
+    context = Talker(device=pick_device(options.device))
+    open_group(context.device)
+    engine, batches = prepared(options.recipe, options.overrides, context)
+
+    def block_ms(talks: bool, count: int) -> float:
+        Talker.talks = talks
+        found = steps_ms(engine, batches, count)
+        Talker.talks = False
+        return found
+
+    block_ms(True, 2)  # opens the connections
+    count = max(2, round(1000 * BLOCK_S / block_ms(False, 2)))
+    pairs: list[tuple[float, float]] = []
+    start_s = time.monotonic()
+    while len(pairs) < FEWEST_PAIRS or time.monotonic() - start_s < options.seconds:
+        order = (False, True) if len(pairs) % 2 == 0 else (True, False)
+        found = {talks: block_ms(talks, count) for talks in order}
+        pairs.append((found[False], found[True]))
+        say(f"pair {len(pairs)}: {count} steps of {found[False]:.3f} ms without messages, {found[True]:.3f} with them")
+    dist.destroy_process_group()
+    ratio = statistics.median(talking / silent for silent, talking in pairs)
+    silent_ms, talking_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(f"without messages {silent_ms:.3f} ms a step, with them {talking_ms:.3f}: median ratio {ratio:.4f}")
+    print(json.dumps({"recipe": options.recipe, "device": str(context.device), "steps_of_a_block": count,
+                      "pairs_ms": pairs, "ratio": ratio}))  # fmt: skip
     return 0
 
 

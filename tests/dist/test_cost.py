@@ -2,7 +2,7 @@
 
 import pytest
 
-from epigram.dist.cost import all_reduce_bytes
+from epigram.dist.cost import all_reduce_bytes, part_bytes
 
 
 def ring_all_reduce(values: list[list[int]]) -> tuple[list[list[int]], list[int]]:
@@ -29,3 +29,4 @@ def test_an_all_reduce_sends_what_a_ring_sends(world_size: int):
     summed, sent = ring_all_reduce(values)
     assert summed == [[sum(column) for column in zip(*values, strict=True)]] * world_size
     assert set(sent) == {round(all_reduce_bytes(24, world_size))}
+    assert all_reduce_bytes(24, world_size) == 2 * part_bytes(24, world_size), "its two phases"

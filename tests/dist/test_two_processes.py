@@ -72,6 +72,14 @@ def test_what_processes_tell_each_other(tmp_path: Path):
                      torch.tensor(0.1, dtype=torch.float64)]
             collectives.sum_(context, mixed)
             assert [t.tolist() for t in mixed] == [[3.0, 20.0], 5, [[2.0, 2.0], [2.0, 2.0]], 0.2], mixed
+            first, whole = torch.full((2,), 1.0 + r), torch.arange(4.0)[:, None] + 10 * r
+            messages = [collectives.begin_sum(context, [first]), collectives.begin_scatter(context, whole)]
+            own = messages[1].wait()
+            assert own.flatten().tolist() == [[10, 12], [14, 16]][r]
+            assert own.data_ptr() == whole[2 * r].data_ptr(), "where it was"
+            assert collectives.begin_gather(context, own).wait().flatten().tolist() == [10, 12, 14, 16]
+            messages[0].wait()
+            assert messages[0].wait().tolist() == first.tolist() == [3, 3], "may be waited for again"
             assert collectives.from_main(context, 0.1 + r) == 0.1, "to the last bit"
             assert together([]) == "well"
             assert together([0]) == ("ValueError" if r == 0 else "LostPeerError")
@@ -80,7 +88,8 @@ def test_what_processes_tell_each_other(tmp_path: Path):
             assert together([]) == "well", "and they can go on"
             if r == 1:
                 raise SystemExit(5)
-            for call in (lambda: collectives.sum_(context, [torch.ones(2)]),
+            for call in (lambda: collectives.begin_gather(context, torch.ones(2)).wait(),
+                         lambda: collectives.sum_(context, [torch.ones(2)]),
                          lambda: collectives.from_main(context, 1.0), lambda: together([]), lambda: together([0])):
                 try:
                     print(call())
@@ -90,8 +99,8 @@ def test_what_processes_tell_each_other(tmp_path: Path):
     """
     (code, out, err), (other, _, _) = run_two(script, tmp_path)
     assert (code, other) == (0, 5), err
-    assert out.split()[0] == "LostPeerError"
-    assert out.split()[2:] == ["LostPeerError", "ValueError"]
+    assert out.split()[:2] == ["LostPeerError"] * 2
+    assert out.split()[3:] == ["LostPeerError", "ValueError"]
 
 
 def test_all_processes_take_the_backend_that_the_first_one_measured(tmp_path: Path):
@@ -182,16 +191,18 @@ def test_a_folder_that_one_cannot_use_ends_both(data_path: Path, finished: Path,
 
 def test_a_loss_that_is_no_number_on_one_ends_both_in_that_step(data_path: Path, tmp_path: Path):
     """And the run folder, which the first process writes, gives the reason."""
-    script = """
+    script = f"""
         import math, sys
         from epigram.cli.main import main
         from epigram.run import train
+        {FAULT_NOW}
 
         real = train.train_step
 
         def poisoned(session, plan):
             plain = session.lane_loss
             if plan.step == 3 and session.context.rank == 1:
+                fault_now()
                 session.lane_loss = lambda *a: plain(*a) * math.nan
             measured = real(session, plan)
             session.lane_loss = plain
@@ -204,12 +215,22 @@ def test_a_loss_that_is_no_number_on_one_ends_both_in_that_step(data_path: Path,
     run = tmp_path / "run"
     arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
     found = run_two(script, tmp_path, *arguments)
+    assert seconds_since_fault(tmp_path) < MOST_S
     assert [code for code, _, _ in found] == [2, 2]
     said = "".join(errors for _, _, errors in found)
     assert said.count("step 4 gave a loss of nan and a gradient norm of nan in lane ") == 1, "one message"
     assert said.count("epigram: ") == 1
     assert result_of(run)["status"] == "failed"
     assert "step 4 gave a loss of nan" in result_of(run)["reason"]
+
+
+MOST_S = 30.0  # from a fault on one process to the end of the last one
+FAULT_NOW = "fault_now = lambda: open(sys.argv[0] + '.fault', 'w').write(repr(__import__('time').time()))"
+
+
+def seconds_since_fault(folder: Path) -> float:
+    """To be called when all processes have ended; the script called `fault_now` when the fault came."""
+    return time.time() - float((folder / "script.py.fault").read_text())
 
 
 FAULTS = {
@@ -228,12 +249,14 @@ def test_what_befalls_one_process_ends_all_with_one_message(data_path: Path, tmp
         import os, sys
         import torch
         from epigram.cli.main import main
+        {FAULT_NOW}
         from epigram.run import train
 
         real = train.train_step
 
         def faulty(session, plan):
             if plan.step == 3 and session.context.rank == 1:
+                fault_now()
                 {happens}
             return real(session, plan)
 
@@ -243,9 +266,8 @@ def test_what_befalls_one_process_ends_all_with_one_message(data_path: Path, tmp
     settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
     run = tmp_path / "run"
     arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
-    start_s = time.monotonic()
     (first, _, said), (second, _, also_said) = run_two(script, tmp_path, *arguments)
-    assert time.monotonic() - start_s < 60, "start and warm-up included"
+    assert seconds_since_fault(tmp_path) < MOST_S
     assert (first, second) == (2, code)
     if message is not None:
         assert [line for line in (said + also_said).splitlines() if line.startswith("epigram:")] != []
@@ -280,10 +302,15 @@ def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_of_four_processes_goes_on_with_two(data_path: Path, tmp_path: Path):
-    """The same losses and weights as in one process that nobody interrupted, up to the order of sums."""
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(data_path: Path, tmp_path: Path, before: int, after: int):
+    """The same losses, weights and momenta as in one process that nobody interrupted, up to the order of sums.
+
+    Of three processes the last has none of the four layers, and so no momentum.
+    """
     run, whole = tmp_path / "run", tmp_path / "whole"
-    settings = [argument for setting in FOUR_LANES[:1] for argument in ("--set", setting)]
+    smooth = (FOUR_LANES[0], "schedule.qat_threshold=0")  # as in test_two_processes_are_one
+    settings = [argument for setting in smooth for argument in ("--set", setting)]
     script = """
         from epigram.cli.main import main
         main()
@@ -291,16 +318,19 @@ def test_a_run_of_four_processes_goes_on_with_two(data_path: Path, tmp_path: Pat
     common = ("--device", "cpu", "--until", "train")
     first = run_two(
         script, tmp_path, "train", "smoke", "--data", str(data_path), "--out", str(run), *common,
-        *[a for setting in SHORT for a in ("--set", setting)], *settings, "--set", "budget.max_steps=4", num_processes=4,
+        *[a for setting in SHORT for a in ("--set", setting)], *settings, "--set", "budget.max_steps=4",
+        num_processes=before,
     )  # fmt: skip
-    assert [code for code, _, _ in first] == [0] * 4, first
-    assert len(list((run / "checkpoints" / "step-00000004").glob("*.safetensors"))) == 4, "each wrote its share"
-    second = run_two(script, tmp_path, "train", "--resume", str(run), *common, "--set", "budget.max_steps=0")
-    assert [code for code, _, _ in second] == [0, 0], second
-    train_run(data_path, whole, FOUR_LANES[0], until="train")
+    assert [code for code, _, _ in first] == [0] * before, first
+    assert len(list((run / "checkpoints" / "step-00000004").glob("*.safetensors"))) == before, "each wrote its share"
+    again = ("train", "--resume", str(run), *common, "--set", "budget.max_steps=0")
+    second = run_two(script, tmp_path, *again, num_processes=after)
+    assert [code for code, _, _ in second] == [0] * after, second
+    train_run(data_path, whole, *smooth, until="train")
     assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-5)
     one, several = saved_tensors(whole), saved_tensors(run)
     assert one.keys() == several.keys()
+    assert one["optimizer.muon.momentum.banks.up"].norm() > 0
     for name, tensor in one.items():
         distance = torch.linalg.vector_norm((tensor.double() - several[name].double()))
         assert distance <= 1e-5 * torch.linalg.vector_norm(tensor.double()), name

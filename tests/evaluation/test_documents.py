@@ -35,8 +35,10 @@ def adapter_of(model: GPT, config: LoraConfig = CONFIG_FAST) -> LoraAdapter:
     return LoraAdapter(lora_shapes(model.config), model.config.num_layers, model.nll, config, SEQ_LEN, CPU)
 
 
-def adapted(tokens: np.ndarray, config: LoraConfig = CONFIG_FAST, batch_tokens: int = 1000) -> np.ndarray:
-    model = golden_model()
+def adapted(
+    tokens: np.ndarray, config: LoraConfig = CONFIG_FAST, batch_tokens: int = 1000, model: GPT | None = None
+) -> np.ndarray:
+    model = model or golden_model()
     batches = document_batches(find_documents(tokens, BOS), config, SEQ_LEN, batch_tokens)
     found = np.full(len(tokens) - 1, np.nan, np.float32)
     for part in document_parts(model.nll, tokens, batches, adapter_of(model, config), config, SEQ_LEN, CPU):
@@ -98,6 +100,14 @@ def test_the_batch_is_speed_and_not_score(config: LoraConfig) -> None:
     tokens = stream(140, [0, 40, 63, 64, 110])
     np.testing.assert_allclose(adapted(tokens, config), adapted(tokens), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(adapted(tokens, config, batch_tokens=20), adapted(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_isolates_documents_reads_them_alike() -> None:
+    """Each is in a row of its own: there is nothing to look back at."""
+    model = GPT(replace(CONFIG, documents="isolated", bos_id=BOS))
+    model.load_state_dict(golden_model().state_dict())
+    tokens = stream(100, [0, 40, 63])
+    np.testing.assert_allclose(adapted(tokens, model=model), adapted(tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_how_long_a_document_will_be_does_not_show() -> None:

@@ -38,6 +38,9 @@ def pause(*_):
     sys.exit()
 if behave.get("pauses"):
     signal.signal(signal.SIGTERM, pause)
+(folder.parent / (job["cell"] + ".began")).touch()
+while not all((folder.parent / (other + ".began")).exists() for other in behave.get("together", [])):
+    time.sleep(0.01)
 time.sleep(behave.get("sleep", 0))
 if behave.get("dies"):
     sys.exit(3)
@@ -61,6 +64,9 @@ class Runs:
             gpu="cpu",
             fresh=False,
         )
+        self.patch(monkeypatch)
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner._Run, "_worker", lambda _, slot: self._stub())
         monkeypatch.setattr(runner, "_POLL_S", 0.01)
 
@@ -104,9 +110,10 @@ def test_a_failure_stops_nothing_else_and_is_told(runs: Runs, capsys: pytest.Cap
     assert runs(retry=True).finished == ["diverges-s1337"]
 
 
-def test_what_does_not_fit_is_left(runs: Runs):
-    """Of 14 s that are not kept for the end the dearest cell would take 15; the others fit one after the other."""
-    summary = runs(seconds=17)
+def test_what_does_not_fit_is_left(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """14 s are left, on a clock that stands still: the dearest cells would take 15, the others fit."""
+    monkeypatch.setattr(runner._Run, "_left_s", lambda _: 14.0)
+    summary = runs()
     assert set(summary.left) == {"plain-s1", "plain-s2", "again-s1"}
     assert summary.left["again-s1"] == "plain-s1 first"
     assert summary.left["plain-s1"] == "15 s"
@@ -116,29 +123,47 @@ def test_what_does_not_fit_is_left(runs: Runs):
 def test_the_end_of_the_time_cuts_off(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "_END_S", 0.2)
     runs.behave = {"steps-64": {"sleep": 60}}
-    assert runs(only=["steps-64"], seconds=4).cut == ["steps-64"]
+    assert runs(only=["steps-64"], seconds=6).cut == ["steps-64"]
     assert runs.evidence("steps-64")["status"] == "cut"
     runs.behave = {}
     assert runs(only=["steps-64"]).finished == ["steps-64"]
 
 
 def test_a_long_run_pauses_and_goes_on_first(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"_END_S": 0.2, "_PAUSE_S": 1.0, "_WORTH_S": 1.0}.items():
-        monkeypatch.setattr(runner, name, value)
+    """Its 9 s are more than there is in all, so it is begun; then asked to pause, here as soon as it runs."""
+    monkeypatch.setattr(runner, "_WORTH_S", 1.0)
+    began = runs.out / "whole-s1.began"
+    monkeypatch.setattr(runner._Run, "_must_pause", lambda _, slot: not slot.pausing and began.exists())
     runs.behave = {"whole-s1": {"sleep": 60, "pauses": True}}
-    assert runs(only=["whole-s1"], seconds=3).paused == ["whole-s1"]
+    assert runs(only=["whole-s1"], seconds=11).paused == ["whole-s1"]
+    monkeypatch.undo()
+    runs.patch(monkeypatch)
     runs.behave = {}
     assert runs().finished[0] == "whole-s1"
     assert runs.evidence("whole-s1")["resume"] is True
     assert runs.evidence("plain-s1")["resume"] is False
 
 
+def test_when_to_pause(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """Some seconds before the end, fewer where it was to be finished by then, and only what can go on."""
+    run = runner._Run(runs.plan, runs.options)
+    cells = {cell.name: cell for cell in runs.plan.cells}
+    slot = runner.Slot("cpu", cell=cells["whole-s1"], partial=True)
+    for left_s, partial, expected in ((16, True, False), (14, True, True), (14, False, False), (5, False, True)):
+        monkeypatch.setattr(run, "_left_s", lambda left_s=left_s: left_s)
+        slot.partial = partial
+        assert run._must_pause(slot) == expected
+    slot.cell = cells["plain-s1"]
+    assert not run._must_pause(slot)
+
+
 def test_one_process_for_each_gpu(runs: Runs):
-    runs.behave = {name: {"sleep": 1} for name in ("plain-s1", "diverges-s1337", "steps-64")}
-    runs(devices=["cpu", "cpu"], only=["plain-s1", "diverges", "steps-64"])
-    first, second, third = (runs.evidence(name) for name in ("plain-s1", "diverges-s1337", "steps-64"))
-    assert second["began"] < first["ended"]
-    assert third["began"] >= min(first["ended"], second["ended"])
+    """Two that wait for each other finish together; with one GPU they never would."""
+    pair = ["plain-s1", "diverges-s1337"]
+    runs.behave = {name: {"together": pair} for name in pair}
+    assert set(runs(devices=["cpu", "cpu"], only=[*pair, "steps-64"]).finished) == {*pair, "steps-64"}
+    ended = min(runs.evidence(name)["ended"] for name in pair)
+    assert runs.evidence("steps-64")["began"] >= ended
 
 
 def test_a_group_stays_on_one_kind_of_gpu(runs: Runs):

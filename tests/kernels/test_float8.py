@@ -271,7 +271,7 @@ def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_products_of_the_layers_and_no_others(monkeypatch):
-    """Four a layer, each with its own matrix, in training alone."""
+    """Four a layer, each with its own matrix."""
     model, tokens, targets = model_and_batch()
     seen: list[tuple[int, ...]] = []
 
@@ -280,38 +280,30 @@ def test_the_products_of_the_layers_and_no_others(monkeypatch):
         return F.linear(x, weight)
 
     plain = model.loss(tokens, targets)
-    model.training_kernels = FLOAT8
-    counted = FLOAT8.trunk.keywords
-    monkeypatch.setitem(counted, "linear", linear)
-    assert model.loss(tokens, targets).equal(plain)
+    monkeypatch.setitem(FLOAT8.trunk.keywords, "linear", linear)
+    assert model.loss(tokens, targets, kernels=FLOAT8).equal(plain)
     banks = model.banks
     assert seen == 2 * [tuple(bank.shape[1:]) for bank in (banks.qkv, banks.out, banks.up, banks.down)]
-    with torch.no_grad():
-        model.nll(tokens, targets)
-    model(tokens, tap=lambda *_: None)
-    assert len(seen) == 2 * 4, "neither scoring nor calibration"
 
 
 def test_training_is_near_to_that_without():
     model, tokens, targets = model_and_batch()
-    plain, nats = model.loss(tokens, targets), model.nll(tokens, targets)
+    plain = model.loss(tokens, targets)
     expected = gradients(model, plain)
-    model.training_kernels = FLOAT8
-    loss = model.loss(tokens, targets)
+    loss = model.loss(tokens, targets, kernels=FLOAT8)
     assert 0 < abs(float(loss.detach() - plain.detach())) < 0.01
     found = gradients(model, loss)
     for name in ("banks.qkv", "banks.out", "banks.up", "banks.down", "embed"):
         assert 0.01 < relative(found[name], expected[name]) < NEAR, name
-    assert model.nll(tokens, targets).equal(nats)
 
 
 def test_it_is_traced_into_one_graph():
     torch.compiler.reset()
     counters.clear()
     model, tokens, targets = model_and_batch()
-    model.training_kernels = FLOAT8
-    eager = model.loss(tokens, targets)
-    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="aot_eager")(tokens, targets)
+    eager = model.loss(tokens, targets, kernels=FLOAT8)
+    traced = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = traced(tokens, targets, kernels=FLOAT8)
     assert counters["stats"]["unique_graphs"] == 1
     assert compiled.detach().equal(eager.detach())
     expected = gradients(model, eager)
@@ -325,11 +317,11 @@ def test_compiled_for_a_device_and_replayed():
     so two ways to compute differ by as much as either does from bfloat16."""
     torch.compiler.reset()
     model, tokens, targets = model_and_batch("cuda")
-    model.compute_dtype, model.training_kernels = torch.bfloat16, FLOAT8
+    model.compute_dtype = torch.bfloat16
     names, parameters = zip(*model.named_parameters(), strict=True)
 
     def work(loss) -> list[Tensor]:
-        value = loss(tokens, targets)
+        value = loss(tokens, targets, kernels=FLOAT8)
         return [value.detach(), *torch.autograd.grad(value, parameters)]
 
     eager = work(model.loss)

@@ -1,6 +1,8 @@
 """A model's parameters in small: every kind of role, unequal splits, scalars, per-layer control tensors."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from epigram.optim.adamw import AdamWConfig
 from epigram.optim.groups import OptimConfig
 from epigram.optim.muon import MuonConfig
 from epigram.roles import ParameterRole
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 LAYERS = 5  # odd, so that early (2) and late (3) differ in number
 

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import Peers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from epigram.dist.context import Context
+from epigram.dist.share import Share
 from epigram.errors import UserError
-from epigram.optim.gradients import GradientConfig, LaneGradients, lane_weights
+from epigram.optim.gradients import Gathered, GradientConfig, LaneGradients, lane_weights
 
 LANE_TOKENS = [36, 36, 10, 5]
+BANKS = ("second.weight", "first.weight")
 
 
 class Toy(nn.Module):
@@ -46,8 +50,10 @@ def lanes() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _backward(toy: Toy, lane: tuple[Tensor, Tensor]) -> None:
-    F.cross_entropy(toy(lane[0]), lane[1]).backward()
+def _backward(toy: Toy, lane: tuple[Tensor, Tensor]) -> Tensor:
+    loss = F.cross_entropy(toy(lane[0]), lane[1])
+    loss.backward()
+    return loss.detach()
 
 
 def _gradients(toy: Toy) -> dict[str, Tensor]:
@@ -66,12 +72,15 @@ def _norm(gradients: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
-def _run(toy: Toy, lanes, which: list[int], collector: LaneGradients, reduce=None):
+def _run(toy: Toy, lanes, which: list[int], collector: LaneGradients) -> Gathered:
     """A step; afterwards `.grad` is what the optimizer makes of it: times the scale."""
+    losses = []
     for lane in which:
-        _backward(toy, lanes[lane])
+        losses.append(_backward(toy, lanes[lane]))
         collector.add(lane)
-    gathered = collector.finish(reduce)
+    gathered = collector.finish(losses)
+    for message in gathered.arriving.values():
+        message.wait()
     for parameter in toy.parameters():
         parameter.grad.mul_(gathered.scale)
     return gathered
@@ -82,12 +91,16 @@ def _assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def _collector(toy: Toy, clip: str, max_norm: float = 0.3, mode: str = "equal") -> LaneGradients:
+def _collector(
+    toy: Toy, clip: str, max_norm: float = 0.3, mode: str = "equal", context: Context | None = None
+) -> LaneGradients:
     return LaneGradients(
         dict(toy.named_parameters()),
         clip=clip,
         max_norm=max_norm,
         lane_weights=lane_weights(LANE_TOKENS, mode),
+        banks=BANKS,
+        context=context,
     )
 
 
@@ -96,7 +109,7 @@ def test_token_weights_equal_the_concatenated_batch(toy: Toy, lanes) -> None:
     expected = _lane_gradient(toy, batch)
     norms = _run(toy, lanes, [0, 1, 2, 3], _collector(toy, "none", mode="tokens"))
     _assert_close(_gradients(toy), expected)
-    torch.testing.assert_close(norms.norms, torch.tensor([_norm(expected)]))
+    torch.testing.assert_close(norms.norm, torch.tensor(_norm(expected)))
 
 
 def test_equal_weights_equal_the_mean_of_the_lane_losses(toy: Toy, lanes) -> None:
@@ -128,6 +141,9 @@ def test_lane_clip_equals_clipping_each_by_hand(toy: Toy, lanes, mode: str) -> N
     result = _run(toy, lanes, [0, 1, 2, 3], _collector(toy, "lane", max_norm, mode))
     _assert_close(_gradients(toy), expected)
     torch.testing.assert_close(result.norms, torch.tensor(norms))
+    torch.testing.assert_close(result.norm, torch.tensor(norms).mean())
+    with torch.no_grad():
+        torch.testing.assert_close(result.losses, torch.stack([F.cross_entropy(toy(x), y) for x, y in lanes]))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -138,29 +154,38 @@ def test_global_clip_limits_the_average(toy: Toy, lanes, factor: float) -> None:
     max_norm = factor * _norm(average)
     result = _run(toy, lanes, [0, 1, 2, 3], _collector(toy, "global", max_norm, "tokens"))
     _assert_close(_gradients(toy), {name: min(1.0, factor) * g for name, g in average.items()})
-    torch.testing.assert_close(result.norms, torch.tensor([_norm(average)]))
+    torch.testing.assert_close(result.norm, torch.tensor(_norm(average)))
 
 
 @pytest.mark.parametrize("mode", ["equal", "tokens"])
 @pytest.mark.parametrize("clip", ["lane", "global", "none"])
 @pytest.mark.parametrize("shares", [[[0, 2], [1, 3]], [[3], [0, 1, 2]], [[0], [1], [2], [3]]])
 def test_any_split_over_processes_gives_the_same(
-    toy: Toy, lanes, clip: str, mode: str, shares: list[list[int]]
+    toy: Toy, lanes, clip: str, mode: str, shares: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _run(toy, lanes, [0, 1, 2, 3], _collector(toy, clip, 0.3, mode))
+    """Of a bank each process knows its own rows; the 5 of the second divide by neither number of processes."""
+    alone = _run(toy, lanes, [0, 1, 2, 3], _collector(toy, clip, 0.3, mode))
     expected = _gradients(toy)
-    toy.zero_grad()
-    sums: list[list[Tensor]] = []
-    for share in shares:  # what each process would send; a clip of the average comes only after the sum
-        _run(toy, lanes, share, _collector(toy, clip, 1e9 if clip == "global" else 0.3, mode), sums.append)
-        toy.zero_grad()
+    peers = Peers(monkeypatch, len(shares))
 
-    def all_reduce(tensors: list[Tensor]) -> None:
-        for index, tensor in enumerate(tensors):
-            tensor.copy_(torch.stack([process[index] for process in sums]).sum(0))
+    def one(context: Context) -> tuple[Gathered, dict[str, Tensor]]:
+        own = Toy()
+        own.load_state_dict(toy.state_dict())
+        return _run(own, lanes, shares[context.rank], _collector(own, clip, 0.3, mode, context)), _gradients(own)
 
-    _run(toy, lanes, shares[0], _collector(toy, clip, 0.3, mode), all_reduce)
-    _assert_close(_gradients(toy), expected)
+    for rank, (gathered, found) in enumerate(peers.run(one)):
+        torch.testing.assert_close(gathered.losses, alone.losses)
+        torch.testing.assert_close(gathered.norms, alone.norms)
+        torch.testing.assert_close(gathered.norm, alone.norm)
+        for name in BANKS:
+            own = Share(len(found[name]), rank, len(shares)).of
+            torch.testing.assert_close(own(found[name]), own(expected[name]), rtol=1e-5, atol=1e-7, msg=name)
+        rest = [name for name in found if name not in BANKS]
+        _assert_close({name: found[name] for name in rest}, {name: expected[name] for name in rest})
+    padded = [-(-rows // len(shares)) * len(shares) * cols for rows, cols in ((12, 6), (5, 12))]
+    order = [("sum", 12 + 5 + 1 + 2 * 4), *(("scatter", numbers) for numbers in padded)]
+    order += [("sum", 1)] * (clip != "lane")
+    assert peers.sent == [order] * len(shares), "the small first, the largest bank next, the same in every process"
 
 
 def test_one_lane_is_read_for_its_norm_and_not_written(toy: Toy, lanes) -> None:
@@ -217,14 +242,19 @@ def test_lent_gradients_are_not_kept(toy: Toy, lanes, clip: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("clip", ["lane", "global", "none"])
-def test_finite_flag(toy: Toy, lanes, clip: str, value: float) -> None:
+def test_what_is_not_finite_shows(toy: Toy, lanes, clip: str, value: float) -> None:
     collector = _collector(toy, clip)
-    assert bool(_run(toy, lanes, [0, 1, 2, 3], collector).finite)
+    found = _run(toy, lanes, [0, 1, 2, 3], collector)
+    assert bool(found.norm.isfinite() & found.norms.isfinite().all())
     toy.zero_grad()
-    _backward(toy, lanes[0])
-    toy.second.bias.grad[2] = value
-    collector.add(0)
-    assert not bool(_run(toy, lanes, [1, 2, 3], collector).finite)
+    for index, lane in enumerate(lanes):
+        _backward(toy, lane)
+        if index == 0:
+            toy.second.bias.grad[2] = value
+        collector.add(index)
+    found = collector.finish()
+    assert not bool(found.norm.isfinite())
+    assert found.norms.isfinite().tolist() == [False, True, True, True], "it shows where it is from"
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -236,9 +266,9 @@ def test_nothing_waits_for_the_device() -> None:
                 for p in named.values():
                     p.grad = torch.empty(p.shape)
                 collector.add(lane)
-            norms = collector.finish()
+            gathered = collector.finish()
             with pytest.raises(Exception, match=r"local_scalar_dense|data-dependent|item"):
-                bool(norms.finite)  # the stand-in would have raised
+                bool(gathered.norm.isfinite())  # the stand-in would have raised
 
 
 def test_misuse_is_named(toy: Toy, lanes) -> None:

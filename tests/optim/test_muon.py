@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from epigram.dist.share import Share
 from epigram.errors import UserError
 from epigram.optim.base import Group, Part
 from epigram.optim.muon import Muon, MuonConfig, batches, resolve_dtype
@@ -291,23 +292,20 @@ def _roles_and_shapes(data: st.DataObject) -> tuple[dict[str, ParameterRole], di
     return roles, shapes
 
 
-@given(data=st.data())
-def test_plan_covers_every_matrix_once_over_all_owners(data: st.DataObject) -> None:
+@given(data=st.data(), world_size=st.integers(1, 7))
+def test_plan_covers_every_matrix_once_over_all_processes(data: st.DataObject, world_size: int) -> None:
     roles, shapes = _roles_and_shapes(data)
-    cuts = {name: data.draw(st.integers(0, shape[0]), label=name) for name, shape in shapes.items()}
-    owners = [
-        {name: (0, cut) for name, cut in cuts.items()},
-        {name: (cut, shapes[name][0]) for name, cut in cuts.items()},
-    ]
     count = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
-    for owned in owners:
-        plan = batches(roles, shapes, owned)
-        assert len({(batch.short, batch.long) for batch in plan}) == len(plan)
-        for batch in plan:
-            for segment in batch.segments:
-                view = segment.of(count[segment.bank])
+    plan = batches(roles, shapes)
+    assert len({(batch.short, batch.long) for batch in plan}) == len(plan)
+    for batch in plan:
+        for segment in batch.segments:
+            assert segment.num_matrices == len(count[segment.bank])
+            for rank in range(world_size):
+                share = Share(segment.num_matrices, rank, world_size)
+                view = segment.of(share.of(count[segment.bank]))
                 view += 1
-                assert segment.oriented(view).shape == (segment.num_matrices, batch.short, batch.long)
+                assert segment.oriented(view).shape == (share.num_own, batch.short, batch.long)
     assert all(tensor.eq(1).all() for tensor in count.values())
 
 

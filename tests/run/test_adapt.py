@@ -191,6 +191,12 @@ def test_a_recipe_that_cannot_adapt_says_why() -> None:
         short("score.adapt.sgd.frozen_layers=99")
 
 
+@lora
+def test_a_text_without_documents_is_refused(adaptation: Adaptation) -> None:
+    with pytest.raises(UserError, match="the tokenizer has none: take sgd"):
+        replace(adaptation, bos_id=-1)
+
+
 def test_a_text_of_one_chunk_is_refused(finished: Path, data_path: Path) -> None:
     config = AdaptConfig(kind="sgd")
     with pytest.raises(UserError, match="nothing would be learned.*score.adapt.sgd.chunk_tokens = 32768"):

@@ -193,12 +193,12 @@ def test_no_checkpoint_at_all(tmp_path: Path):
 
 
 def interrupt_in_step(monkeypatch, step: int) -> None:
-    """Ctrl-C in the midst of a step, after the optimizer and before the average."""
+    """Ctrl-C in the midst of a step, between two parts of the update."""
     real = train.train_step
 
     def interrupted(session: Session, plan) -> torch.Tensor:
         if plan.step == step:
-            session.average.update = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+            session.average.apply = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
         return real(session, plan)
 
     monkeypatch.setattr(train, "train_step", interrupted)

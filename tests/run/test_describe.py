@@ -71,19 +71,23 @@ def test_measured_times_decide_over_modelled_ones(capsys):
 
 
 def test_what_eight_processes_of_pr1212_send(capsys):
-    """By hand: 29,751,910 float32 gradients, 7/8 of them twice; and two numbers for each of eight lanes."""
+    """By hand: 28,311,552 weights in banks of 12 layers, sent as 16; 1,440,358 others and two numbers for each lane."""
     measured = ["lanes.0.ms=50.2", "lanes.1.ms=54.6"]
     found = describe(load_recipe("pr1212", measured), 8)
-    gradients, figures = found["wire"]
-    assert (gradients["sent_bytes"], figures["sent_bytes"]) == (208_263_370, 112)
-    assert gradients["ms"] == pytest.approx(208.26337 / 450, rel=1e-9)
-    assert found["step_ms"] == pytest.approx(54.6 + gradients["ms"] + figures["ms"])
+    banks = 28_311_552 * 16 // 12
+    expected = [round(2 * 7 / 8 * 4 * (1_440_358 + 16)), 7 * 4 * banks // 8, 7 * 2 * banks // 8]
+    assert [row["sent_bytes"] for row in found["wire"]] == expected
+    assert found["wire"][1]["ms"] == pytest.approx(132.120576 / 450, rel=1e-9)
+    assert found["step_ms"] == pytest.approx(54.6 + sum(expected) / 450e6)
     print_description(found)
     assert "55.06 ms a step, without the update" in " ".join(capsys.readouterr().out.split())
     alone = describe(load_recipe("pr1212", measured))
-    assert [row["sent_bytes"] for row in alone["wire"]] == [0, 0]
+    assert [row["sent_bytes"] for row in alone["wire"]] == [0, 0, 0]
     assert alone["step_ms"] == pytest.approx(5 * 50.2 + 3 * 54.6)
     assert describe(load_recipe("pr1212"), 8)["step_ms"] is None, "operations are no milliseconds"
+    clipped = describe(load_recipe("pr1212", ["gradients.clip=global"]), 4)["wire"]
+    assert [row["sent_bytes"] for row in clipped][1:3] == [3 * 28_311_552, 6], "12 layers divide by 4; one number"
+    assert "nothing" in clipped[1]["behind"]
 
 
 def test_operations_of_a_token_are_those_that_torch_counts():

@@ -16,7 +16,7 @@ from epigram.evaluation.windows import Method
 from epigram.kernels.base import FLOAT8, PLAIN
 from epigram.run import job, setup
 from epigram.run.bench import mlp
-from epigram.run.bench.base import Bench
+from epigram.run.bench.base import Bench, fill_zeros
 from epigram.run.describe import describe, print_description
 from epigram.run.doctor import explain
 from epigram.run.setup import build_engine, build_session
@@ -50,7 +50,6 @@ def test_a_run_learns(run: Path, finished: Path):
 def test_the_score_of_the_artifact_does_not_depend_on_it(run: Path, data: DataFolder):
     """The run's own score is that of the file, read by a model that knows nothing of the setting."""
     model = load_model(run / "model.epigram", "cpu")
-    assert model.gpt.training_kernels is None
     found = score(
         model.gpt.nll, data.stream("val"), data.tokenizer.byte_tables(), Method(name="blocks", seq_len=128, stride=128),
         device=torch.device("cpu"), batch_tokens=384, expected_bytes=data.split_bytes("val"),
@@ -78,8 +77,29 @@ def test_an_export_does_not_depend_on_it(run: Path, tmp_path: Path):
 
 def test_it_is_off_by_itself():
     engine = build_engine(short(), Context())
-    assert engine.model.training_kernels is None
     assert PRODUCTS not in engine.paths
+    batch = torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(0))
+    fill_zeros(engine)
+    arguments = (batch[:, :-1], batch[:, 1:], torch.tensor(0.5), 0.2, None)
+    assert engine.lane_loss(*arguments).equal(engine.model.loss(*arguments))
+
+
+def test_only_the_loss_of_lanes_is_in_float8():
+    """Neither what is scored in the same process nor what learns while it is scored."""
+    engine = build_engine(short(ON), Context())
+    fill_zeros(engine)
+    twin = setup.GPT(engine.model.config)
+    twin.load_state_dict(engine.model.state_dict())
+    tokens = torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(0))
+    batch, gamma = (tokens[:, :-1], tokens[:, 1:]), torch.tensor(0.5)
+    with torch.no_grad():
+        loss = engine.lane_loss(*batch, gamma, 0.2, engine.quantized)
+        expected, without = (
+            engine.model.loss(*batch, gamma, 0.2, engine.quantized, kernels=k) for k in (FLOAT8, PLAIN)
+        )
+        assert loss.equal(expected) and not loss.equal(without)
+        assert engine.losses.windows(*batch).equal(twin.nll(*batch))
+        assert engine.losses.learning(*batch).equal(twin.loss(*batch))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
@@ -94,10 +114,9 @@ def test_training_then_has_plain_kernels_and_scoring_what_it_had(kernels: str, m
     monkeypatch.setattr(setup, "attach_kernels", attach)
     config = short(ON, f"run.kernels={kernels}")
     model, _, paths = setup.build_model(config, Context(), training_work(config))
-    assert (model.kernels, model.training_kernels) == (PLAIN, FLOAT8)
+    assert model.kernels is PLAIN
     assert PRODUCTS in paths
-    model, _, paths = setup.build_model(config, Context(), scoring_work(128, 2048))
-    assert model.training_kernels is None
+    _, _, paths = setup.build_model(config, Context(), scoring_work(128, 2048))
     assert PRODUCTS not in paths
     assert asked == ["plain", kernels]
 
@@ -118,8 +137,7 @@ def on(device: str, capability: tuple[int, int] | None) -> Context:
 def test_devices_and_models_that_cannot(device: str, capability, changes: list[str], reason: str):
     model = setup.GPT(load_recipe("smoke", changes).model)
     with pytest.raises(UserError, match=f"run.float8 = true cannot be used here: .*{reason}; set run.float8=false"):
-        setup.attach_float8(model, on(device, capability))
-    assert model.training_kernels is None
+        setup.explain_float8(model, on(device, capability))
 
 
 @pytest.mark.parametrize("recipe", ["pr1212", "pr1130", "h100", "smoke"])
@@ -128,8 +146,7 @@ def test_models_of_the_recipes_can(recipe: str):
         model = setup.GPT(load_recipe(recipe).model)
     model.compute_dtype = torch.bfloat16
     for capability in ((8, 9), (9, 0), (12, 0)):
-        assert setup.attach_float8(model, on("cuda", capability)) == {PRODUCTS: "float8"}
-    assert model.training_kernels is FLOAT8
+        assert setup.explain_float8(model, on("cuda", capability)) == {PRODUCTS: "float8"}
 
 
 @pytest.mark.parametrize(

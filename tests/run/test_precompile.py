@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from epigram.attention import _flash
 from epigram.dist.context import Context
 from epigram.model.config import ModelConfig
 from epigram.run import precompile as module
@@ -69,24 +68,6 @@ def test_every_task_calls_what_it_names(stand_ins, monkeypatch):
     }  # fmt: skip
 
 
-def test_attention_is_compiled_within_documents(stand_ins, monkeypatch):
-    """Where they are isolated, for each way to call it, and with room for more than the library's 256 sequences."""
-    from epigram.attention import reference
-
-    seen = []
-
-    def within(reach):
-        seen.append(_flash.segments(reach, reach.shape[1]).starts_k.numel() - 1)
-        return lambda q, k, v, window: q * 1
-
-    monkeypatch.setattr(module, "_LENGTH", 1024)
-    monkeypatch.setattr(reference.attend, "within", within)
-    found = module._attention_tasks(replace(SMALL, documents="isolated"), CPU, torch.float32)
-    for task in found.values():
-        task()
-    assert len(seen) == len(found) == 8 and min(seen) > 256
-
-
 def test_a_worker_that_fails_says_why_and_the_run_goes_on(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(module, "_PRODUCTS", "triton")
@@ -108,12 +89,13 @@ def test_it_is_done_once(tmp_path: Path, monkeypatch):
     assert precompile(SMALL, "triton", context, tmp_path) is None
     for same in ({"qk_gain": 5.0}, {"window": 3}, {"xsa_layers": (0,)}, {"rotary_scaling": "none"}):
         assert precompile(replace(SMALL, **same), "triton", context, tmp_path) is None, same
+    isolated = {"documents": "isolated", "bos_id": 1}
     for other in (
-        {"documents": "isolated"},
         {"mlp_dim": 64},
         {"window": 0, "window_layers": ()},
         {"skips": "none"},
         {"num_kv_heads": 4},
+        isolated,
     ):
         assert precompile(replace(SMALL, **other), "triton", context, tmp_path) is not None, other
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")

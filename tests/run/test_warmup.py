@@ -79,8 +79,8 @@ def test_the_hash_sees_the_loader_the_random_state_and_gradients(session: Sessio
 
 
 def leak_a_window(session: Session, monkeypatch) -> None:
-    update = session.average.update
-    monkeypatch.setattr(session.average, "update", lambda *a: (session.loader.next_step(), update(*a)))
+    update = session.average.set_weight
+    monkeypatch.setattr(session.average, "set_weight", lambda *a: (session.loader.next_step(), update(*a)))
 
 
 def leak_a_gradient(session: Session, monkeypatch) -> None:

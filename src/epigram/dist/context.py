@@ -31,6 +31,11 @@ class Context:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to communicate with."""
+        return self.world_size > 1
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was asked, so that a host clock can be read."""
         if self.device.type == "cuda":

@@ -10,3 +10,11 @@ def all_reduce_bytes(num_bytes: float, world_size: int) -> float:
     No algorithm between the processes alone sends less; switches that add on the way do.
     """
     return 2 * (world_size - 1) / world_size * num_bytes
+
+
+def part_bytes(num_bytes: float, world_size: int) -> float:
+    """Sent by each process to sum `num_bytes` so that each has its part, or to put equal parts together to `num_bytes`.
+
+    All but its own share, once: a reduce-scatter or an all-gather, the halves of the all-reduce.
+    """
+    return (world_size - 1) / world_size * num_bytes

@@ -51,8 +51,8 @@ class GPT(nn.Module):
     """The window-attention, mixed-length transformer of parameter-golf #1212 and its ancestors.
 
     `compute_dtype` is the precision of activations and products (parameters stay float32); `kernels` computes the
-    operations, `training_kernels`, where there are such, those of the training loss; `attend` and `attend_window` are
-    the attention backends of full and windowed layers. All are set from outside.
+    operations; `attend` and `attend_window` are the attention backends of full and windowed layers. All are set from
+    outside.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -60,7 +60,6 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.kernels: Kernels = PLAIN
-        self.training_kernels: Kernels | None = None
         self.attend: Attend = sdpa_attend
         self.attend_window: Attend = sdpa_attend
         n, d = config.num_layers, config.model_dim
@@ -185,9 +184,13 @@ class GPT(nn.Module):
         floor: float = 0.0,
         transform: BankTransform | None = None,
         rope_len: int | None = None,
+        kernels: Kernels | None = None,
     ) -> Tensor:
-        """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`. rope_len: as in `forward`."""
-        kernels = self.training_kernels or self.kernels
+        """Training loss over (B, T) tokens and targets; see `epigram.loss.training_loss`.
+
+        rope_len, kernels: as in `forward`.
+        """
+        kernels = kernels or self.kernels
         x = self(tokens, transform=transform, rope_len=rope_len, kernels=kernels)
         return kernels.head_loss(x, self.embed.to(x.dtype), targets, self.config.softcap, gamma, floor)
 

@@ -69,13 +69,14 @@ class AdamWConfig:
 
 
 class AdamW:
-    """AdamW over the parts of `groups`, moments in float32."""
+    """AdamW over the parts of `groups`, moments in float32. names: of the parameters."""
 
     def __init__(self, named: Mapping[str, nn.Parameter], groups: Sequence[Group], config: AdamWConfig) -> None:
         self._config = config
         self._groups = tuple(groups)
         parts = [part for group in groups for part in group.parts]
         self._parameters = {part.name: named[part.name] for part in parts}
+        self.names = tuple(self._parameters)
         self._exp_avg = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         device = next(iter(self._parameters.values())).device if parts else torch.device("cpu")

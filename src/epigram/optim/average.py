@@ -1,6 +1,6 @@
 """Averages of the weights over training, which replace them at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,12 +33,13 @@ class AverageConfig:
 class Average(Protocol):
     """What every mode offers. `update` is `set_weight`, on the host, and `apply`, the same launches each time.
 
-    applied: 0-dim float32 on the device, 0 if the step left the weights as they were; then the average stays too.
+    names: of the weights to take in, all by default: an update may be applied in parts. applied: 0-dim float32 on the
+    device, 0 if the step left the weights as they were; then the average stays too.
     """
 
     def update(self, applied: Tensor | None = None) -> None: ...
     def set_weight(self, applied: Tensor | None = None) -> None: ...
-    def apply(self) -> None: ...
+    def apply(self, names: Sequence[str] | None = None) -> None: ...
     def copy_to(self) -> None: ...
     def swap(self) -> None: ...
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -85,13 +86,14 @@ class Ema:
             self._minus_weight.mul_(applied)
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self, names: Sequence[str] | None = None) -> None:
         """Second half of an update, what a CUDA graph may record."""
+        taken = self._params if names is None else names
         # A step of SGD with learning rate -weight and weight decay -1 is average += weight * (w - average), and
         # unlike torch's multi-tensor lerp it takes its factor from the device.
         torch._fused_sgd_(
-            list(self._averages.values()),
-            [weight.float() for weight in self._weights()],
+            [self._averages[name] for name in taken],
+            [self._params[name].detach().float() for name in taken],
             [],
             weight_decay=-1.0,
             momentum=0.0,
@@ -138,7 +140,7 @@ class NoAverage:
     def set_weight(self, applied: Tensor | None = None) -> None:
         """Nothing to count."""
 
-    def apply(self) -> None:
+    def apply(self, names: Sequence[str] | None = None) -> None:
         """Nothing to take in."""
 
     def copy_to(self) -> None:

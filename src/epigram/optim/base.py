@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from epigram.dist.share import copy_in
 from epigram.errors import UserError
 
 
@@ -57,6 +58,7 @@ def refuse(problems: list[str]) -> None:
 def restore(state: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """Copy `saved` into the live tensors of `state` in place, on whatever device they are.
 
+    Of a tensor that several processes share, see `epigram.dist.share`, each takes its part out of the whole.
     All or nothing: raises UserError naming every missing, extra or differently shaped or typed tensor, and
     then nothing has been changed. `what` names the owner of the state in that message.
     """
@@ -72,4 +74,4 @@ def restore(state: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str)
             "settings and kind of device that it was saved with"
         )
     for name, tensor in state.items():
-        tensor.copy_(saved[name])
+        copy_in(tensor, saved[name])

@@ -5,23 +5,33 @@ its gradient counts with a weight that depends on the lane alone, never on the p
 process that runs several lanes runs them in turn:
 
     for lane in my_lanes:
-        loss(lane).backward()
+        losses += [loss(lane)]
+        losses[-1].backward()
         gradients.add(lane)
-    norms, scale = gradients.finish(all_reduce_sum)
-    optimizer.step(lr_multiplier, momentum, scale)
+    gathered = gradients.finish(losses)
+    optimizer.step(lr_multiplier, momentum, gathered.scale, arriving=gathered.arriving)
 
 What clipping multiplies the gradients with is left to the optimizer as a number on the device, so that with one lane
 a process reads them for their norm and writes nothing. Nothing here waits for the device.
+
+Several processes send, in this order: everything that is no bank of matrices, with losses and norms of lanes, in one
+small message that all sum up; then each bank, the largest first, of which a process gets the sum of its own layers
+alone. The banks are still under way when `finish` returns, unless the average is to be clipped: then their norms are
+known, and summed up by a message of one number.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from epigram.dist import collectives
+from epigram.dist.collectives import Message
+from epigram.dist.context import Context
+from epigram.dist.share import Share
 from epigram.optim.base import not_among, refuse
 
 CLIPS = ("lane", "global", "none")
@@ -60,32 +70,37 @@ def lane_weights(lane_tokens: Sequence[int], mode: str) -> list[float]:
 
 
 class Gathered(NamedTuple):
-    """What `finish` says beside the gradients, as device tensors.
+    """What `finish` says beside the gradients, as device tensors, the same in every process.
 
-    norms: float32, before clipping: with clip "lane" one of each lane that this process added, in that order,
-    else one of the average over all lanes. scale: 0-dim float32; the average is `.grad` times it. lane_norms: of the
-    lanes that this process added, in that order, whatever is clipped: a gradient that is not finite shows where it is
-    from.
+    norm: 0-dim, before clipping: with clip "lane" the mean of the lanes' norms, else that of the average over all
+    lanes. scale: 0-dim float32; the average is `.grad` times it. losses, norms: (lanes,) float32, of all lanes of the
+    step, whatever is clipped: a gradient that is not finite shows where it is from. arriving: what brings `.grad` of
+    the banks that several processes share, by name.
     """
 
-    norms: Tensor
+    norm: Tensor
     scale: Tensor
-    lane_norms: Tensor
-
-    @property
-    def finite(self) -> Tensor:
-        """0-dim bool: whether all norms are finite, and so every gradient that they were taken of."""
-        return torch.isfinite(self.norms).all() & torch.isfinite(self.lane_norms).all()
+    losses: Tensor
+    norms: Tensor
+    arriving: dict[str, Message]
 
 
 class LaneGradients:
     """Collects lanes' gradients of `named` into their weighted average in `.grad`.
 
-    lane_weights: of all lanes of a step, whichever process runs them. The object is used again for each step.
+    lane_weights: of all lanes of a step, whichever process runs them. banks: the parameters whose layers the processes
+    of `context` share. The object is used again for each step.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], *, clip: str, max_norm: float, lane_weights: Sequence[float]
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        clip: str,
+        max_norm: float,
+        lane_weights: Sequence[float],
+        banks: Sequence[str] = (),
+        context: Context | None = None,
     ) -> None:
         assert clip in CLIPS
         assert max_norm > 0
@@ -93,7 +108,16 @@ class LaneGradients:
         self._clip = clip
         self._max_norm = max_norm
         self._weights = tuple(lane_weights)
-        self._sum: list[Tensor] = []
+        self._context = context or Context()
+        by_size = sorted(banks, key=lambda name: -named[name].numel())  # the largest first, else as named
+        self._shares = {name: Share(len(named[name]), self._context.rank, self._context.world_size) for name in by_size}
+        # Where layers do not divide by processes: room for the gradient and the zeros that make up for it.
+        self._padded = {
+            name: torch.zeros((share.padded_rows, *named[name].shape[1:]), device=named[name].device)
+            for name, share in self._shares.items()
+            if share.padded_rows != share.num_rows
+        }
+        self._sum: dict[str, Tensor] = {}
         self._factor: Tensor | float = 1.0  # what the sum is still to be multiplied with
         self._lanes: list[int] = []
         self._norms: list[Tensor] = []
@@ -120,43 +144,83 @@ class LaneGradients:
             if isinstance(factor, Tensor):  # torch adds with a factor only if that is known to the host
                 torch._foreach_mul_(gradients, factor)
                 factor = 1.0
-            torch._foreach_add_(self._sum, gradients, alpha=factor)
-        elif lent:
-            self._sum, self._factor = list(torch._foreach_mul(gradients, factor)), 1.0
+            torch._foreach_add_(list(self._sum.values()), gradients, alpha=factor)
         else:
-            self._sum, self._factor = gradients, factor
+            first = torch._foreach_mul(gradients, factor) if lent else gradients
+            self._sum, self._factor = dict(zip(self._named, first, strict=True)), 1.0 if lent else factor
         for parameter in self._named.values():
             parameter.grad = None
 
     @torch.no_grad()
-    def finish(self, reduce: Callable[[list[Tensor]], None] | None = None) -> Gathered:
+    def finish(self, losses: Sequence[Tensor] = ()) -> Gathered:
         """Put the average over all lanes of all processes, up to a scale, into `.grad`.
 
-        reduce: sums a list of tensors over the processes, in place; None where this process ran all lanes.
-        With clip "global" the scale is what clips the average.
+        losses: 0-dim, of the lanes that were added, in that order; without them they count as 0. With clip "global" the
+        scale is what clips the average. What several processes share is in `.grad` when its message in `arriving`, if
+        there is one, was waited for, and then only in the layers that are this process's own.
         """
         assert self._lanes, "no lane was added"
-        assert reduce is not None or len(self._lanes) == len(self._weights), "lanes are missing"
-        if reduce is not None:
-            self._settle()
-            reduce(self._sum)
+        assert self._context.has_peers or len(self._lanes) == len(self._weights), "lanes are missing"
+        lanes = torch.stack([self._of_lanes(losses), self._of_lanes(self._norms)])
+        arriving = self._send(lanes) if self._context.has_peers else {}
         # Without clipping of lanes nothing is put off any more, since the weights sum to 1.
         factor = self._factor
-        scale = factor if isinstance(factor, Tensor) else torch.full((), factor, device=self._sum[0].device)
-        lane_norms = norms = torch.stack(self._norms)
-        if self._clip != "lane":
-            norms = total_norm(self._sum)[None]
+        scale = factor if isinstance(factor, Tensor) else torch.full((), factor, device=lanes.device)
+        norm = lanes[1].mean() if self._clip == "lane" else self._norm_of_average(arriving)
         if self._clip == "global":
-            scale = _clip_factor(norms[0], self._max_norm)
-        for parameter, gradient in zip(self._named.values(), self._sum, strict=True):
-            parameter.grad = gradient
-        self._sum, self._factor, self._lanes, self._norms = [], 1.0, [], []
-        return Gathered(norms, scale, lane_norms)
+            scale = _clip_factor(norm, self._max_norm)
+        for name, parameter in self._named.items():
+            parameter.grad = self._sum[name]
+        self._sum, self._factor, self._lanes, self._norms = {}, 1.0, [], []
+        return Gathered(norm, scale, lanes[0], lanes[1], arriving)
+
+    def _of_lanes(self, values: Sequence[Tensor]) -> Tensor:
+        """(lanes,): the values of this process's lanes in their places, 0 for all others."""
+        own = dict(zip(self._lanes, values, strict=bool(values)))
+        zero = self._norms[0].new_zeros(())
+        return torch.stack([own.get(lane, zero) for lane in range(len(self._weights))])
+
+    def _send(self, lanes: Tensor) -> dict[str, Message]:
+        """Sum everything up over the processes; what is no bank, and `lanes`, is there on return."""
+        small = [gradient for name, gradient in self._sum.items() if name not in self._shares]
+        if not self._is_settled:
+            torch._foreach_mul_(small, self._factor)
+        first = collectives.begin_sum(self._context, [*small, lanes])
+        arriving = {name: collectives.begin_scatter(self._context, self._settled(name)) for name in self._shares}
+        self._factor = 1.0
+        first.wait()
+        return arriving
+
+    def _settled(self, name: str) -> Tensor:
+        """The sum of a bank, multiplied with what was put off, and zeros up to a number of layers that divides."""
+        gradient, whole = self._sum[name], self._padded.get(name)
+        if whole is None:
+            return gradient if self._is_settled else gradient.mul_(self._factor)
+        self._sum[name] = whole[: len(gradient)]
+        torch.mul(gradient, self._factor, out=self._sum[name])
+        return whole
+
+    def _norm_of_average(self, arriving: Mapping[str, Message]) -> Tensor:
+        """L2 norm of what all processes have together, 0-dim: of all layers, and once of what each of them has."""
+        own = [] if not self._context.is_main else [g for name, g in self._sum.items() if name not in self._shares]
+        for name, share in self._shares.items():
+            if name in arriving:
+                arriving[name].wait()
+            if share.num_own:
+                own.append(share.of(self._sum[name]))
+        norm = total_norm(own) if own else self._norms[0].new_zeros(())
+        if not self._context.has_peers:
+            return norm
+        return collectives.summed(self._context, norm.square()).sqrt()
+
+    @property
+    def _is_settled(self) -> bool:
+        return not isinstance(self._factor, Tensor) and self._factor == 1.0
 
     def _settle(self) -> None:
         """Multiply the sum with what was put off."""
-        if isinstance(self._factor, Tensor) or self._factor != 1.0:
-            torch._foreach_mul_(self._sum, self._factor)
+        if not self._is_settled:
+            torch._foreach_mul_(list(self._sum.values()), self._factor)
             self._factor = 1.0
 
 

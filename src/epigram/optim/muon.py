@@ -8,6 +8,11 @@ A bank is a 3-D parameter (layers, all rows, cols) whose rows split into matrice
 2. each batch is orthogonalised by one sequence of products;
 3. w <- w (1 - lr wd) - lr kappa u, with a learning rate per layer and kappa = sqrt(max(1, rows / cols)).
 
+Several processes share the layers of each bank: each has the gradient and the momentum of its own layers alone, and
+orthogonalises those; the updates of one batch are gathered while the next is at 1 and 2; then each changes all weights,
+by the same operations on the same numbers. Where the layers do not divide by the processes, matrices of zeros take the
+places at the end, and stay zeros. One process is the same with all layers its own and nothing to gather.
+
 Fused, the first and the last are one pass each, and the products are those of `kernels.symmetric`.
 The step reads learning rate, momentum and scale from device tensors and never asks the device for a value: it can be
 captured in a CUDA graph. Source: Jordan's Muon; banks and batching from parameter-golf #399, rates by layer
@@ -15,14 +20,18 @@ from #1130.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from epigram.capability import capability_of, support
+from epigram.dist import collectives
+from epigram.dist.collectives import Message
+from epigram.dist.context import Context
+from epigram.dist.share import Share, as_whole, mesh_of
 from epigram.kernels.muon import descend, nesterov, num_parts
 from epigram.optim.base import Group, not_among, outside, refuse
 from epigram.optim.orthogonalize import MAX_ITERATIONS, coefficients, orthogonalize
@@ -63,16 +72,12 @@ class MuonConfig:
 
 
 class Segment(NamedTuple):
-    """The matrices of one split of one bank over a run of layers; they lie at equal distances in memory."""
+    """One split of one bank: a matrix in each layer; they lie at equal distances in memory."""
 
     bank: str
-    layers: tuple[int, int]  # first, stop
+    num_matrices: int
     rows: tuple[int, int]  # first, stop, of the bank's axis 1
     cols: int
-
-    @property
-    def num_matrices(self) -> int:
-        return self.layers[1] - self.layers[0]
 
     @property
     def num_rows(self) -> int:
@@ -84,8 +89,8 @@ class Segment(NamedTuple):
         return math.sqrt(max(1.0, self.num_rows / self.cols))
 
     def of(self, bank: Tensor) -> Tensor:
-        """View (matrices, rows, cols) of a tensor shaped like the bank."""
-        return bank[self.layers[0] : self.layers[1], self.rows[0] : self.rows[1]]
+        """View (layers, rows, cols) of a tensor shaped like the bank, or like some layers of it."""
+        return bank[:, self.rows[0] : self.rows[1]]
 
     def oriented(self, matrices: Tensor) -> Tensor:
         """View that turns the bank's orientation into the batch's (short side first), and back."""
@@ -104,16 +109,10 @@ class Batch(NamedTuple):
         return sum(segment.num_matrices for segment in self.segments)
 
 
-def batches(
-    roles: Mapping[str, ParameterRole],
-    shapes: Mapping[str, Sequence[int]],
-    owned: Mapping[str, tuple[int, int]] | None = None,
-) -> tuple[Batch, ...]:
+def batches(roles: Mapping[str, ParameterRole], shapes: Mapping[str, Sequence[int]]) -> tuple[Batch, ...]:
     """Plan which matrices are orthogonalised together: one batch per shape, the largest shape first.
 
-    roles, shapes: of the banks, shapes (layers, rows, cols). owned: for each bank the layers (first, stop)
-    that this process updates when several share the work, possibly none (first == stop); all layers without
-    it.
+    roles, shapes: of the banks, shapes (layers, rows, cols).
     """
     by_shape: dict[tuple[int, int], list[Segment]] = {}
     for bank, role in roles.items():
@@ -121,12 +120,10 @@ def batches(
         assert role.kind == "matrix", bank
         assert num_layers == role.num_layers > 0, bank
         assert sum(rows for _, rows in role.splits) == bank_rows, bank
-        layers = (0, num_layers) if owned is None else owned[bank]
         start = 0
         for _, rows in role.splits:
-            segment = Segment(bank, layers, (start, start + rows), cols)
-            if segment.num_matrices:
-                by_shape.setdefault((min(rows, cols), max(rows, cols)), []).append(segment)
+            segment = Segment(bank, num_layers, (start, start + rows), cols)
+            by_shape.setdefault((min(rows, cols), max(rows, cols)), []).append(segment)
             start += rows
     ordered = sorted(by_shape.items(), key=lambda item: (item[0][0] * item[0][1], item[0]), reverse=True)
     return tuple(Batch(short, long, tuple(segments)) for (short, long), segments in ordered)
@@ -143,72 +140,122 @@ class Muon:
         config: MuonConfig,
         *,
         fused: bool = False,
+        context: Context | None = None,
     ) -> None:
         self._fused = fused
+        self._context = context or Context()
         self._banks = {name: named[name] for name in _bank_names(groups)}
         device = next(iter(self._banks.values())).device if self._banks else torch.device("cpu")
         self._normalize_rows = config.normalize_rows
         self._triples = coefficients(config.coefficients, config.num_iterations)
         self._dtype = resolve_dtype(config.dtype, device)
+        self._shares = {
+            name: Share(len(bank), self._context.rank, self._context.world_size) for name, bank in self._banks.items()
+        }
         momentum_dtype = resolve_dtype(config.momentum_dtype, device)
-        self._momentum = {name: torch.zeros_like(bank, dtype=momentum_dtype) for name, bank in self._banks.items()}
+        self._momentum = {
+            name: torch.zeros_like(self._shares[name].of(bank), dtype=momentum_dtype)
+            for name, bank in self._banks.items()
+        }
         shapes = {name: tuple(bank.shape) for name, bank in self._banks.items()}
         self._plan = batches({name: roles[name] for name in self._banks}, shapes)
-        # Between the halves of a step lie the updates, (matrices, short, long), and their sums of squares.
+        # Between momentum and products lie the updates, (own matrices, short, long), and their sums of squares. Zeros,
+        # where a matrix is only there for the messages to be equally long.
+        self._counts = [[self._shares[segment.bank].rows_each for segment in batch.segments] for batch in self._plan]
         self._updates = [
-            torch.empty((batch.num_matrices, batch.short, batch.long), dtype=self._dtype, device=device)
-            for batch in self._plan
+            torch.zeros((sum(counts), batch.short, batch.long), dtype=self._dtype, device=device)
+            for batch, counts in zip(self._plan, self._counts, strict=True)
         ]
-        parts = [num_parts(batch.short, batch.long, fused=fused) for batch in self._plan]
         self._squares = [
-            torch.empty((batch.num_matrices, n), dtype=torch.float32, device=device)
-            for batch, n in zip(self._plan, parts, strict=True)
+            torch.zeros((sum(counts), num_parts(batch.short, batch.long, fused=fused)), device=device)
+            for batch, counts in zip(self._plan, self._counts, strict=True)
         ]
+        last = {segment.bank: index for index, batch in enumerate(self._plan) for segment in batch.segments}
+        self._complete = [[bank for bank, at in last.items() if at == index] for index in range(len(self._plan))]
         self._set_factors(_rates_by_layer(groups, shapes), device)
 
     def _set_factors(self, rates: Mapping[str, Sequence[tuple[float, float]]], device: torch.device) -> None:
         """Pack -lr wd of all matrices in the order of the plan, and then -lr kappa of all matrices."""
         segments = [segment for batch in self._plan for segment in batch.segments]
-        matrices = [(seg.kappa, *pair) for seg in segments for pair in rates[seg.bank][slice(*seg.layers)]]
+        matrices = [(segment.kappa, *pair) for segment in segments for pair in rates[segment.bank]]
         factors = [[-lr * decay for _, lr, decay in matrices], [-lr * kappa for kappa, lr, _ in matrices]]
         self._sizes = [segment.num_matrices for segment in segments]
         self._base_factors = torch.tensor(factors, dtype=torch.float32, device=device)
 
     def state(self) -> dict[str, Tensor]:
-        """The live momentum of each bank, shaped like the bank."""
-        return {f"momentum.{name}": momentum for name, momentum in self._momentum.items()}
-
-    def step(self, lr_multiplier: Tensor, momentum: Tensor, scale: Tensor) -> None:
-        """Update the banks from their gradients times `scale`. All arguments: 0-dim float32, on their device."""
-        self.absorb(momentum, scale)
-        self.apply(lr_multiplier)
-
-    @torch.no_grad()
-    def absorb(self, momentum: Tensor, scale: Tensor) -> None:
-        """First half of a step, which reads the gradients: momentum, and the updates before orthogonalisation."""
-        gradients = {name: _gradient(name, bank) for name, bank in self._banks.items()}
-        for batch, update, squares in zip(self._plan, self._updates, self._squares, strict=True):
-            for segment, matrices, sums in _split(batch, update, squares):
-                nesterov(
-                    segment.of(gradients[segment.bank]),
-                    segment.of(self._momentum[segment.bank]),
-                    segment.oriented(matrices),
-                    sums,
-                    momentum,
-                    scale,
-                    normalize=self._normalize_rows,
-                    fused=self._fused,
-                )
+        """The live momentum of each bank, shaped like the bank: a DTensor where several processes share it."""
+        mesh = mesh_of(self._context)
+        return {
+            f"momentum.{name}": as_whole(momentum, len(self._banks[name]), mesh)
+            for name, momentum in self._momentum.items()
+        }
 
     @torch.no_grad()
-    def apply(self, lr_multiplier: Tensor) -> None:
-        """Second half of a step, on memory that never moves: orthogonalise the updates, and change the weights."""
+    def step(
+        self,
+        lr_multiplier: Tensor,
+        momentum: Tensor,
+        scale: Tensor,
+        arriving: Mapping[str, Message] | None = None,
+        done: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        """Update the banks from their gradients times `scale`.
+
+        lr_multiplier, momentum, scale: 0-dim float32, on their device. arriving: what brings gradients to `.grad`, by
+        bank, waited for where it is needed. done: called with the names of banks as soon as they are updated.
+        """
         factors = iter(self._factors(lr_multiplier))
-        for batch, update, squares in zip(self._plan, self._updates, self._squares, strict=True):
-            orthogonal = orthogonalize(update, self._triples, self._dtype, squares, fused=self._fused)
-            for segment, matrices in _split(batch, orthogonal):
-                weight = segment.of(self._banks[segment.bank])
-                descend(weight, segment.oriented(matrices), *next(factors), fused=self._fused)
+        before: tuple[int, list[Message]] | None = None
+        for index in range(len(self._plan)):
+            for segment in self._plan[index].segments:
+                if arriving and segment.bank in arriving:
+                    arriving[segment.bank].wait()
+            self._absorb(index, momentum, scale)
+            leaving = self._orthogonalize(index)
+            if before is not None:
+                self._descend(*before, factors, done)
+            before = index, leaving
+        if before is not None:
+            self._descend(*before, factors, done)
+
+    def _absorb(self, index: int, momentum: Tensor, scale: Tensor) -> None:
+        """Read the own gradients of a batch: momentum, and the updates before orthogonalisation."""
+        parts = (tensor[index].split(self._counts[index]) for tensor in (self._updates, self._squares))
+        for segment, matrices, sums in zip(self._plan[index].segments, *parts, strict=True):
+            share = self._shares[segment.bank]
+            if not share.num_own:
+                continue
+            nesterov(
+                segment.of(share.of(_gradient(segment.bank, self._banks[segment.bank]))),
+                segment.of(self._momentum[segment.bank]),
+                segment.oriented(matrices[: share.num_own]),
+                sums[: share.num_own],
+                momentum,
+                scale,
+                normalize=self._normalize_rows,
+                fused=self._fused,
+            )
+
+    def _orthogonalize(self, index: int) -> list[Message]:
+        """Orthogonalise the own matrices of a batch, and begin to gather those of all: a message of each segment."""
+        update, squares = self._updates[index], self._squares[index]
+        orthogonal = orthogonalize(update, self._triples, self._dtype, squares, fused=self._fused)
+        return [collectives.begin_gather(self._context, part) for part in orthogonal.split(self._counts[index])]
+
+    def _descend(
+        self,
+        index: int,
+        leaving: Sequence[Message],
+        factors: Iterator[tuple[Tensor, Tensor]],
+        done: Callable[[Sequence[str]], None] | None,
+    ) -> None:
+        """Change the weights of a batch, in all layers."""
+        for segment, message in zip(self._plan[index].segments, leaving, strict=True):
+            weight = segment.of(self._banks[segment.bank])
+            update = segment.oriented(message.wait()[: segment.num_matrices])
+            descend(weight, update, *next(factors), fused=self._fused)
+        if done is not None and self._complete[index]:
+            done(self._complete[index])
 
     def _factors(self, lr_multiplier: Tensor) -> list[tuple[Tensor, Tensor]]:
         """1 - lr wd and -lr kappa of each matrix, by segment in the order of the plan."""
@@ -238,12 +285,6 @@ def _rates_by_layer(
                 rates[part.name][layer] = (group.lr, group.weight_decay)
     assert not any(math.isnan(lr) for layers in rates.values() for lr, _ in layers)
     return rates
-
-
-def _split(batch: Batch, *stacked: Tensor) -> list[tuple[Any, ...]]:
-    """Each segment with its part of every tensor."""
-    sizes = [segment.num_matrices for segment in batch.segments]
-    return list(zip(batch.segments, *(tensor.split(sizes) for tensor in stacked), strict=True))
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:

@@ -1,10 +1,12 @@
 """The optimizer of a model: Muon for its weight matrices, AdamW for the rest, one step and one state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from epigram.dist.collectives import Message
+from epigram.dist.context import Context
 from epigram.kernels.choice import use_fused
 from epigram.optim.adamw import AdamW
 from epigram.optim.base import restore
@@ -20,7 +22,8 @@ class Optimizer:
     gradients live in device tensors, so that a step neither waits for the host nor changes anything that a
     compiler or a CUDA graph has recorded.
 
-    kernels: who computes Muon, see `kernels.choice`; raises UserError for "fused" where that cannot be.
+    kernels: who computes Muon, see `kernels.choice`; raises UserError for "fused" where that cannot be. context: with
+    its other processes Muon's work and state are shared, see `epigram.optim.muon`.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Optimizer:
         config: OptimConfig,
         *,
         kernels: str = "auto",
+        context: Context | None = None,
     ) -> None:
         wrong = [name for name, p in named.items() if p.dtype != torch.float32 or not p.is_contiguous()]
         assert not wrong, f"not float32 and contiguous: {', '.join(wrong)}"
@@ -40,22 +44,33 @@ class Optimizer:
         self.device = devices.pop()
         self.fused = use_fused(kernels, self.device)
         muon, adamw = ([group for group in self.groups if group.rule == rule] for rule in ("muon", "adamw"))
-        self._muon = Muon(named, roles, muon, config.muon, fused=self.fused)
+        self._muon = Muon(named, roles, muon, config.muon, fused=self.fused, context=context)
         self._adamw = AdamW(named, adamw, config.adamw)
         self._lr_multiplier = torch.zeros((), dtype=torch.float32, device=self.device)
         self._momentum = torch.zeros_like(self._lr_multiplier)
         self._scale = torch.ones_like(self._lr_multiplier)
 
-    def step(self, lr_multiplier: float, momentum: float, scale: Tensor | None = None) -> None:
+    def step(
+        self,
+        lr_multiplier: float,
+        momentum: float,
+        scale: Tensor | None = None,
+        *,
+        arriving: Mapping[str, Message] | None = None,
+        done: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
         """One update from the gradients in `.grad`, which every parameter must have, times `scale`.
 
         lr_multiplier scales all base learning rates (and with them the weight decay); momentum is Muon's; scale
         is a 0-dim float32 tensor on the parameters' device, such as clipping gives, None being 1. With a scale of
         0 the step changes nothing, not even if the gradients are not finite. The step uses the gradients up:
         afterwards some of them are scaled and some are not.
+
+        arriving: as `LaneGradients.finish` gives it. done: called with the names of parameters as soon as all that
+        changes them is queued, while others are under way.
         """
         self.set_rates(lr_multiplier, momentum, scale)
-        self.update()
+        self.update(arriving, done)
 
     def set_rates(self, lr_multiplier: float, momentum: float, scale: Tensor | None = None) -> None:
         """First half of a step: put the three numbers where `update` reads them."""
@@ -70,19 +85,16 @@ class Optimizer:
             self._lr_multiplier.masked_fill_(left_out, 0.0)
             self._momentum.masked_fill_(left_out, 1.0)
 
-    def update(self) -> None:
-        """Second half of a step, the same launches each time."""
-        self.absorb()
-        self.apply()
-
-    def absorb(self) -> None:
-        """The part of `update` that reads gradients: all of AdamW, and Muon's momentum."""
+    def update(
+        self,
+        arriving: Mapping[str, Message] | None = None,
+        done: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        """Second half of a step, the same launches each time. AdamW goes first: it waits for no bank."""
         self._adamw.step(self._lr_multiplier, self._scale)
-        self._muon.absorb(self._momentum, self._scale)
-
-    def apply(self) -> None:
-        """The rest of `update`, on memory that never moves, so that a CUDA graph may record it."""
-        self._muon.apply(self._lr_multiplier)
+        if done is not None and self._adamw.names:
+            done(self._adamw.names)
+        self._muon.step(self._lr_multiplier, self._momentum, self._scale, arriving, done)
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward pass writes instead of adding."""
@@ -90,10 +102,13 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All state as a flat dict of live tensors: clone what has to outlast the next step."""
+        """All state as a flat dict of live tensors: clone what has to outlast the next step.
+
+        What processes share is a DTensor of the whole, so the names and shapes are those of one process.
+        """
         parts = {"muon": self._muon.state(), "adamw": self._adamw.state()}
         return {f"{rule}.{name}": tensor for rule, state in parts.items() for name, tensor in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a saved state in; UserError, and nothing changed, when names, shapes or dtypes differ."""
+        """Copy a saved, whole state in; UserError, and nothing changed, when names, shapes or dtypes differ."""
         restore(self.state_dict(), state, "this optimizer")

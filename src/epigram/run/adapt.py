@@ -58,6 +58,10 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         assert self.config.kind != "none"
+        if self.config.kind == "lora" and self.bos_id < 0:
+            raise UserError(
+                "adaptation by lora reads documents, which begin with a BOS, and the tokenizer has none: take sgd"
+            )
 
     @property
     def name(self) -> str:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from epigram.dist.context import Context
+from epigram.dist.share import as_whole, is_shared, mesh_over, own_part
 from epigram.errors import UserError
 
 FOLDER = "checkpoints"
@@ -64,9 +65,9 @@ class Saver:
 
     def __init__(self, context: Context | None = None) -> None:
         self._context = context or Context()
-        several = self._context.world_size > 1
-        self._group = dist.new_group(backend="gloo") if several else None
-        self._staged: dict[str, Tensor] = {}
+        self._group = dist.new_group(backend="gloo") if self._context.has_peers else None
+        self._staged: dict[str, Tensor] = {}  # what this process has of each tensor
+        self._whole_rows: dict[str, int] = {}  # of tensors that processes share
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -105,10 +106,11 @@ class Saver:
         Returns what waits until the copies are there: this thread need not.
         """
         live = {f"{part}.{name}": tensor.detach() for part, named in parts.items() for name, tensor in named.items()}
+        self._whole_rows = {name: len(tensor) for name, tensor in live.items() if is_shared(tensor)}
         self._staged = {name: tensor for name, tensor in self._staged.items() if name in live}
-        for name, tensor in live.items():
-            staged = self._staged.get(name)
-            if tensor.device.type != "cuda" or type(tensor) is not Tensor:
+        for name, whole in live.items():
+            tensor, staged = own_part(whole), self._staged.get(name)
+            if tensor.device.type != "cuda":
                 self._staged[name] = tensor.to("cpu", copy=True).contiguous()
                 continue
             if staged is None or staged.shape != tensor.shape or staged.dtype != tensor.dtype:
@@ -125,7 +127,7 @@ class Saver:
             torch.cuda.set_device(self._context.device)  # a thread begins with the first one
         ready()
         try:
-            num_bytes = _write_beside(self._context.is_main, self._group, run, step, self._staged)
+            num_bytes = _write_beside(self._context.is_main, self._group, run, step, self._named_wholes())
             self._together(partial(_complete, run, step, num_bytes, state, keep))
         except (OSError, SafetensorError, _RemoteError) as error:
             raise UserError(
@@ -135,6 +137,13 @@ class Saver:
         finally:
             if self._context.is_main:
                 shutil.rmtree(_beside(run, step), ignore_errors=True)
+
+    def _named_wholes(self) -> dict[str, Tensor]:
+        """The copies on the host, shared ones as DTensors over the group that writes."""
+        if self._group is None or not self._whole_rows:
+            return self._staged
+        mesh = mesh_over(self._group, "cpu")
+        return self._staged | {n: as_whole(self._staged[n], rows, mesh) for n, rows in self._whole_rows.items()}
 
     def _together(self, work: Callable[[], None]) -> None:
         """Do `work` in the first process; when it fails there, it fails in all."""

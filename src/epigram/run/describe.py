@@ -35,7 +35,9 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
     ratio = past_ratio(past) if past else None
     forecast = round(forecast_bytes(config, model) * (ratio.mean if ratio else 1))
     plan, measured = lane_plan(config, world_size), times_are_measured(config)
-    sent = messages(sum(parts.values()), len(plan.times), world_size)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    banks = [name for name, role in model.roles().items() if role.kind == "matrix"]
+    sent = messages(shapes, banks, len(plan.times), world_size, config.gradients.clip)
     return {
         "recipe": config.recipe,
         "summary": config.summary,
@@ -140,7 +142,7 @@ def print_description(description: dict[str, Any]) -> None:
     for title, rows in tables:
         table = Table(title=title, title_justify="left")
         for column in rows[0]:
-            table.add_column(column, justify="left" if column in ("part", "what") else "right")
+            table.add_column(column, justify="left" if column in ("part", "what", "behind") else "right")
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
         console.print(table)
@@ -148,7 +150,8 @@ def print_description(description: dict[str, Any]) -> None:
         console.print("trains with the products of the layers in float8 (run.float8)")
     if description["step_ms"] is not None:
         console.print(
-            f"slowest process's lanes and messages: {description['step_ms']:.2f} ms a step, without the update"
+            f"slowest process's lanes and all messages, none hidden: {description['step_ms']:.2f} ms a step, without "
+            "the update"
         )
 
 

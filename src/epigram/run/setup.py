@@ -17,7 +17,6 @@ from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
-from epigram.dist import collectives
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
@@ -79,10 +78,6 @@ class Engine:
         """Whether a lane's gradients are overwritten by the next lane of the step."""
         return bool(self.graphs) and len(self.lanes) > 1
 
-    def reduce(self) -> Callable[[list[Tensor]], None] | None:
-        """How gradients are summed over processes; None when there is nothing to communicate."""
-        return partial(collectives.sum_, self.context) if self.context.world_size > 1 else None
-
 
 @dataclass(kw_only=True)
 class Session(Engine):
@@ -143,18 +138,24 @@ def build_engine(config: Config, context: Context) -> Engine:
     paths["lanes"] = f"{len(plan.times)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
     if context.world_size > 1:
         paths["lanes of each process"] = f"{_words(plan.ranks)}; predicted balance {100 * plan.balance:.1f} %"
+    lane_loss: Any = compile_shapes(model.loss) if compiled else model.loss
     weights = lane_weights([lane.num_tokens for lane in config.flat_lanes], config.gradients.lane_weight)
     return Engine(
         config=config,
         context=context,
         model=model,
-        optimizer=Optimizer(named, roles, config.optim, kernels=config.run.kernels),
+        optimizer=Optimizer(named, roles, config.optim, kernels=config.run.kernels, context=context),
         average=average_of(named, config.average),
         gradients=LaneGradients(
-            named, clip=config.gradients.clip, max_norm=config.gradients.max_norm, lane_weights=weights
+            named,
+            clip=config.gradients.clip,
+            max_norm=config.gradients.max_norm,
+            lane_weights=weights,
+            banks=[name for name, role in roles.items() if role.kind == "matrix"],
+            context=context,
         ),
         lanes=plan.ranks[context.rank],
-        lane_loss=compile_shapes(model.loss) if compiled else model.loss,
+        lane_loss=partial(lane_loss, kernels=FLOAT8) if config.run.float8 else lane_loss,
         losses=scoring_losses(model, compiled, config.run.attention, context),
         quantized=bank_transform(model, config),
         paths=paths,
@@ -177,11 +178,11 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
         torch.set_float32_matmul_precision("high")  # what stays float32 (Hessians aside) may use TF32
     model = GPT(config.model).to(context.device)
     model.compute_dtype, paths = pick_precision(config.run.precision, context)
-    in_float8 = config.run.float8 and work.backward  # what only scores computes as ever
-    kernels = "plain" if in_float8 else config.run.kernels
+    kernels = config.run.kernels
+    if config.run.float8 and work.backward:  # what only scores computes as ever
+        paths |= explain_float8(model, context)
+        kernels = "plain"
     compiled, chosen = attach_kernels(model, kernels, config.run.compile, context)
-    if in_float8:
-        paths |= attach_float8(model, context)
     seconds = precompile(config.model, model.kernels.products, context)
     if seconds is not None:
         paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"
@@ -218,15 +219,14 @@ def _why_rather_compiled(model: GPT, context: Context) -> str | None:
     return f"documents are isolated, for which {compiled} is better than {free}, and it needs a compiled model"
 
 
-def attach_float8(model: GPT, context: Context) -> dict[str, str]:
-    """Let the model's training loss multiply in float8; returns that in words. The model's precision must be set.
+def explain_float8(model: GPT, context: Context) -> dict[str, str]:
+    """How products in float8 are computed here, in words. The model's precision must be set.
 
-    Raises UserError where it cannot.
+    Raises UserError where they cannot be.
     """
     device_type, dtype = context.device.type, str(model.compute_dtype).removeprefix("torch.")
     if reason := float8.why_not(device_type, context.capability, _widths(model.config)):
         raise UserError(f"run.float8 = true cannot be used here: {reason}; set run.float8=false")
-    model.training_kernels = FLOAT8
     how = "" if device_type == "cuda" else f", rounded to it and multiplied in {dtype}: slower than without"
     return {"products of layers in training": f"float8{how}"}
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from epigram.dist import collectives
 from epigram.errors import StoppedError, UserError
 from epigram.model.gpt import BankTransform
 from epigram.optim import schedule
@@ -144,30 +143,23 @@ def compute_step(engine: Engine, batches: Sequence[Tensor], plan: StepPlan) -> T
         with record_function(UPDATE):
             engine.gradients.add(lane, lent=engine.lends_gradients)
     with record_function(UPDATE):
-        gathered = engine.gradients.finish(engine.reduce())
-        measured = measure(engine, losses, gathered, plan.loss_limit)
+        gathered = engine.gradients.finish(losses)
+        measured = measure(gathered, plan.loss_limit)
         applied = measured[2]
         scale = torch.where(applied != 0, gathered.scale, 0.0)
-        engine.optimizer.step(plan.lr_multiplier, plan.momentum, scale)
+        # What is updated is averaged at once: while other weights are still on their way.
+        engine.average.set_weight(applied)
+        engine.optimizer.step(
+            plan.lr_multiplier, plan.momentum, scale, arriving=gathered.arriving, done=engine.average.apply
+        )
         engine.optimizer.zero_grad()
-        engine.average.update(applied)
     return measured
 
 
-def measure(engine: Engine, losses: list[Tensor], gathered: Gathered, limit: float) -> Tensor:
+def measure(gathered: Gathered, limit: float) -> Tensor:
     """What `Measured` reads, the same in every process: it knows all lanes' losses and norms before the update."""
-    zero = losses[0].new_zeros(())
-    of_lanes = [
-        own.get(lane, zero)
-        for values in (losses, gathered.lane_norms.unbind())
-        for own in [dict(zip(engine.lanes, values, strict=True))]
-        for lane in range(len(engine.config.flat_lanes))
-    ]
-    lanes = torch.stack(of_lanes).view(2, -1)
-    collectives.sum_(engine.context, [lanes])
-    norm = lanes[1].mean() if engine.config.gradients.clip == "lane" else gathered.norms[0]
-    applied = verdict(lanes[0], lanes[1], norm, limit)
-    return torch.cat([torch.stack([lanes[0].mean(), norm, applied]), lanes.flatten()])
+    applied = verdict(gathered.losses, gathered.norms, gathered.norm, limit)
+    return torch.cat([torch.stack([gathered.losses.mean(), gathered.norm, applied]), gathered.losses, gathered.norms])
 
 
 def lane_step(engine: Engine, batch: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:

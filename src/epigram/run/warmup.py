@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from epigram.data.lanes import Lane
+from epigram.dist.share import copy_in, own_part
 from epigram.model.gpt import BankTransform
 from epigram.progress import Progress
 from epigram.run.graphs import Key, LaneGraph
@@ -110,11 +111,11 @@ def state_hash(session: Session) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return own_part(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @torch.no_grad()
 def _restore(session: Session, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
     for part, named in state_of(session).items():
         for name, tensor in named.items():
-            tensor.copy_(saved[part][name])
+            copy_in(tensor, saved[part][name])

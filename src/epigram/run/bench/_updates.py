@@ -71,7 +71,7 @@ class Updates:
         for lane, gradients in zip(self._engine.lanes, self._lanes, strict=True):
             self._give(gradients)
             self._engine.gradients.add(lane)
-        return self._engine.gradients.finish(self._engine.reduce()).scale
+        return self._engine.gradients.finish().scale
 
     def _step(self, scale: Tensor | None = None) -> None:
         self._engine.optimizer.step(RATE, MOMENTUM, scale)
