@@ -301,6 +301,34 @@ def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path: Path):
     assert said == "", "rank 1 has told"
 
 
+def test_the_cause_is_told_and_not_who_heard_of_it_first(tmp_path: Path):
+    """In a collective a process may learn that another failed before that one has said why."""
+    script = """
+        import sys, time
+        from epigram.dist import collectives, watch
+        from epigram.dist.context import open_context
+        from epigram.errors import UserError
+
+        real = watch.Watch.report
+
+        def late(self, cause):
+            time.sleep(1.0)
+            return real(self, cause)
+
+        try:
+            with open_context("cpu") as context:
+                if context.rank == 0:
+                    watch.Watch.report = late
+                with collectives.together(context):
+                    if context.rank == 0:
+                        raise OSError("torn cable")
+        except UserError as error:
+            print(type(error).__name__, error)
+    """
+    (_, out, err), (_, other, _) = run_two(script, tmp_path)
+    assert (out, other) == ("UserError rank 0: torn cable\n", "LostPeerError rank 0: torn cable\n"), err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(data_path: Path, tmp_path: Path, before: int, after: int):
