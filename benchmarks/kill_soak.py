@@ -1,9 +1,9 @@
 """Kill a run again and again: `python benchmarks/kill_soak.py [--kills 20] [--steps 60] [--seed 0] [--set KEY=VALUE]`.
 
-A run of recipe smoke, by counted steps and with a checkpoint every few steps, is killed with SIGKILL at random moments,
-some of them while a checkpoint is being written, and resumed until it is over. Its last checkpoint is compared bit by
-bit with that of a run that nobody killed, and every resume must begin at the last complete checkpoint. Prints a line
-for each kill and one line of JSON; the exit code is 1 when anything differs.
+A run of recipe smoke that nobody kills goes by the wall clock. Others replay its clock, with a checkpoint every few
+steps; they are killed with SIGKILL at random moments, some of them while a checkpoint is being written, and resumed
+until they are over. The last checkpoints are compared bit by bit, and every resume must begin at the last complete one.
+Prints a line for each kill and one line of JSON; the exit code is 1 when anything differs.
 
 Processes are forked from one that has imported everything, so that a start costs a fraction of a second.
 """
@@ -20,8 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "run"))
 
+
+from epigram.run.budget import CLOCK_FILE
 from epigram.run.checkpoint import complete, load
 
 EVERY_STEPS = 3
@@ -29,8 +33,15 @@ PARENT = multiprocessing.get_context("forkserver")
 
 
 def settings(steps: int) -> list[str]:
-    every_s = 30.0 / steps * EVERY_STEPS  # smoke trains for 30 s of its counted clock
-    return [f"budget.steps={steps}", f"run.checkpoint_every_s={every_s}", "run.log_every=1", "run.val_every=0"]
+    """Of the run that nobody kills."""
+    return ["budget.clock=wall", "budget.steps=0", f"budget.max_steps={steps}", "run.log_every=1", "run.val_every=0"]
+
+
+def replaying(whole: Path, steps: int) -> list[str]:
+    """Of the runs that are killed: the clock of `whole`, and a checkpoint every few of its steps."""
+    times_s = np.fromfile(whole / CLOCK_FILE, "<f8")
+    every_s = float(times_s[-1] - times_s[0]) / steps * EVERY_STEPS
+    return [*settings(steps), "budget.clock=replay", f"budget.replay={whole}", f"run.checkpoint_every_s={every_s}"]
 
 
 def work(data: str, run: str, settings: list[str], resume: bool) -> None:
@@ -91,11 +102,11 @@ def kill_somewhere(process: Any, run: Path, draw: random.Random) -> str:
 
 def soak(data: Path, folder: Path, kills: int, steps: int, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Kill and resume; raises AssertionError when anything is lost or differs."""
-    chosen = [*settings(steps), *overrides]
     draw, run, whole = random.Random(seed), folder / "killed", folder / "whole"
-    process = start(data, whole, chosen, resume=False)
+    process = start(data, whole, [*settings(steps), *overrides], resume=False)
     process.join()
     assert process.exitcode == 0, "the run that nobody kills did not end well"
+    chosen = [*replaying(whole, steps), *overrides]
     counts: dict[str, int] = {}
     done = 0
     rounds = 0

@@ -224,6 +224,40 @@ def test_a_loss_that_is_no_number_on_one_ends_both_in_that_step(data_path: Path,
     assert "step 4 gave a loss of nan" in result_of(run)["reason"]
 
 
+def test_a_bit_that_flips_in_one_process_stops_both(data_path: Path, tmp_path: Path):
+    """The last bit of one weight: the next comparison names tensor and process, at the end if none comes before."""
+    script = f"""
+        import sys
+        import torch
+        from epigram.cli.main import main
+        from epigram.run import train
+        {FAULT_NOW}
+
+        real = train.train_step
+
+        def flipped(session, plan):
+            measured = real(session, plan)
+            if plan.step == 3 and session.context.rank == 1:
+                fault_now()
+                with torch.no_grad():
+                    session.model.banks.up.view(-1)[5:6].view(torch.int32).bitwise_xor_(1)
+            return measured
+
+        train.train_step = flipped
+        main()
+    """
+    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
+    run = tmp_path / "run"
+    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
+    found = run_two(script, tmp_path, *arguments)
+    assert seconds_since_fault(tmp_path) < MOST_S
+    assert [code for code, _, _ in found] == [2, 2]
+    said = "".join(errors for _, _, errors in found)
+    assert said.count("epigram: ") == 1
+    assert "the processes' weights are no longer equal (banks.up on rank 1)" in said
+    assert result_of(run)["status"] == "failed"
+
+
 MOST_S = 30.0  # from a fault on one process to the end of the last one
 FAULT_NOW = "fault_now = lambda: open(sys.argv[0] + '.fault', 'w').write(repr(__import__('time').time()))"
 

@@ -19,7 +19,7 @@ SMALLER = (
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing_but_steps_since_the_last_checkpoint():
-    """The script asserts: no checkpoint is lost, every one is whole, and the ends are identical."""
+    """The script replays a whole run's clock; it asserts that no checkpoint is lost and that the ends are the same."""
     settings = [part for setting in SMALLER for part in ("--set", setting)]
     done = subprocess.run(
         [sys.executable, str(SOAK), "--kills", str(KILLS), *settings],

@@ -104,7 +104,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     return SimpleNamespace(
-        device=torch.device("cuda"), capability=(9, 0), rank=0, world_size=1, is_main=True, synchronize=lambda: None
+        device=torch.device("cuda"),
+        capability=(9, 0),
+        rank=0,
+        world_size=1,
+        has_peers=False,
+        is_main=True,
+        synchronize=lambda: None,
     )
 
 
