@@ -88,6 +88,8 @@ def test_what_eight_processes_of_pr1212_send(capsys):
     clipped = describe(load_recipe("pr1212", ["gradients.clip=global"]), 4)["wire"]
     assert [row["sent_bytes"] for row in clipped][1:3] == [3 * 28_311_552, 6], "12 layers divide by 4; one number"
     assert "nothing" in clipped[1]["behind"]
+    wide = describe(load_recipe("pr1212", ["optim.muon.dtype=float32"]), 8)["wire"]
+    assert wide[2]["sent_bytes"] == 7 * 4 * banks // 8, "updates travel as they are computed"
 
 
 def test_operations_of_a_token_are_those_that_torch_counts():

@@ -37,7 +37,9 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
     plan, measured = lane_plan(config, world_size), times_are_measured(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     banks = [name for name, role in model.roles().items() if role.kind == "matrix"]
-    sent = messages(shapes, banks, len(plan.times), world_size, config.gradients.clip)
+    sent = messages(
+        shapes, banks, len(plan.times), world_size, clip=config.gradients.clip, muon_dtype=config.optim.muon.dtype
+    )
     return {
         "recipe": config.recipe,
         "summary": config.summary,

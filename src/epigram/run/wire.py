@@ -28,19 +28,27 @@ class Message:
 
 
 def messages(
-    shapes: Mapping[str, Sequence[int]], banks: Collection[str], num_lanes: int, world_size: int, clip: str
+    shapes: Mapping[str, Sequence[int]],
+    banks: Collection[str],
+    num_lanes: int,
+    world_size: int,
+    *,
+    clip: str,
+    muon_dtype: str,
 ) -> list[Message]:
     """What a step of `run.train` sends on CUDA devices.
 
     shapes: of all parameters. banks: those whose layers (axis 0) the processes share. clip: as in `GradientConfig`.
+    muon_dtype: as in `MuonConfig`; "auto" counts as bfloat16, which it is on GPUs that have it.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     padded = sum(sizes[n] // shapes[n][0] * Share(shapes[n][0], 0, world_size).padded_rows for n in banks)
     small = sum(size for name, size in sizes.items() if name not in banks) + 2 * num_lanes
+    update_bytes = _FLOAT32 if muon_dtype == "float32" else _BFLOAT16
     rows = [
         ("gradients of all but the banks, losses and norms", _FLOAT32 * small, all_reduce_bytes, "nothing"),
         ("gradients of the banks, each layer to its owner", _FLOAT32 * padded, part_bytes, "AdamW, Muon at the first"),
-        ("updates of the banks, to all", _BFLOAT16 * padded, part_bytes, "Muon at the next, the averages"),
+        ("updates of the banks, to all", update_bytes * padded, part_bytes, "Muon at the next, the averages"),
     ]  # fmt: skip
     if clip != "lane":
         rows[1] = (*rows[1][:3], "nothing: their norm is needed first")
