@@ -1,8 +1,9 @@
 """The conditions on a score that an artifact of ours can be probed for (the four of parameter-golf #1017).
 
-Prefix and normalisation are tested on the loss that scoring uses, with the weights in the file; that every token is
-scored once is tested on the whole scorer. That no update sees an unscored token holds where nothing is updated; where
-the log's score is of a model that adapts, the experiments of `epigram score --adapt KIND --probe` test it.
+Prefix and normalisation are tested on the loss that scoring uses, with the weights in the file, and so is the isolation
+of documents where the file promises it; that every token is scored once is tested on the whole scorer. That no update
+sees an unscored token holds where nothing is updated; where the log's score is of a model that adapts, the experiments
+of `epigram score --adapt KIND --probe` test it.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig, SgdConfig
+from epigram.evaluation.probes import isolation
 from epigram.evaluation.scorer import MiscountError
 from epigram.evaluation.windows import Method
 from epigram.run.adapt import Adaptation
@@ -57,6 +59,11 @@ def probe(path: Path, kind: str | None = None) -> Iterator[Finding]:
     sliding = Method(name="sliding", seq_len=min(16, length), stride=5)
     if wrong := _counted(replace(subject, method=sliding, batch_tokens=64), tokens):
         yield Finding(rule="condition.once", message=f"{path.name}: {wrong}")
+    if model.gpt.config.isolated:
+        bos = model.gpt.config.bos_id
+        tokens[:: _LENGTH // 3] = bos
+        if not (found := isolation(subject.nats, tokens, bos, vocab_size, _LENGTH)).passed:
+            yield Finding(rule="condition.isolated", message=f"{path.name}: {found.detail}")
     if kind is not None:
         adaptation = Adaptation(
             config=replace(_ADAPT, kind=kind), model=model.gpt, losses=subject.losses, context=context,
