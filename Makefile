@@ -23,14 +23,14 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: setup
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 format: setup
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples
 
 # On a machine with a CUDA device, with the Python that has torch for it (make test-gpu PYTHON=python3.12). TESTS: fewer.
 test-gpu:

@@ -22,9 +22,17 @@ LATE = 50  # steps at the end over which distances are averaged
 
 
 def settings(steps: int) -> list[str]:
-    """A step of one lane of each kind, the warm-down left out, every loss logged."""
+    """A step of one lane of each kind, at the highest rates to the end, every loss logged."""
     steps_only = ['budget.clock="steps"', f"budget.steps={steps}", f"budget.max_steps={steps}"]
-    return [*steps_only, "lanes.0.count=1", "lanes.1.count=1", "run.log_every=1", "run.val_every=0"]
+    return [
+        *steps_only,
+        "schedule.min_lr=1",
+        "schedule.qat_threshold=0",
+        "lanes.0.count=1",
+        "lanes.1.count=1",
+        "run.log_every=1",
+        "run.val_every=0",
+    ]
 
 
 def run(way: str, recipe: str, data: str | None, steps: int, out: Path, work: Path) -> None:

@@ -1,5 +1,6 @@
 """Two launchers on this machine stand for two machines: what examples/ starts is one run, in one time budget."""
 
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from run_helpers import SHORT, losses_of, result_of, rows_of
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "rendezvous" / "launch.sh"
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
+MEASURE = ROOT / "examples" / "8xh100" / "measure.py"
 TIMEOUT_S = 150
 TRAIN_S = 4.0
 WALL = (
@@ -76,3 +78,33 @@ def test_a_launcher_says_what_it_needs():
     done = subprocess.run(["bash", str(LAUNCH), "smoke"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "set HEAD=host:port" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the processes are found in /proc")
+def test_what_eight_gpus_would_measure(data_path: Path, tmp_path: Path):
+    """Every part, with two processes on a CPU."""
+    command = [sys.executable, str(MEASURE), "--recipe", "smoke", "--gpus", "2", "--device", "cpu", "--steps", "4"]
+    command += ["--seconds", "4", "--settle-s", "1", "--data", str(data_path), "--out", str(tmp_path / "measured")]
+    settings = ('score.methods=["blocks"]', "run.sample_tokens=0")
+    command += [part for setting in settings for part in ("--set", setting)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=TIMEOUT_S, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "measured").glob("*.json")}
+    assert found["step"]["processes"] == 2
+    assert len(found["step"]["peak_memory_bytes"]) == 2
+    assert found["whole"]["status"] == "finished"
+    assert found["fewer"]["1"]["apart"] < 1e-4 < found["fewer"]["1"]["last_loss"]
+    assert found["killed"]["ended_after_s"] < 30
+    assert "rank 1 was killed" in found["killed"]["said"][0]
+    before, after = found["resumed"]["before"], found["resumed"]["after"]
+    assert found["resumed"]["on"] == 1
+    assert abs(after[0] - before[-1]) < 0.5
+
+
+def test_a_part_that_there_is_not(tmp_path: Path):
+    done = subprocess.run([sys.executable, str(MEASURE), "--out", str(tmp_path), "half"], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "choose of step, whole, fewer, killed, resumed" in done.stderr
