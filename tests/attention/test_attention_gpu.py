@@ -14,6 +14,7 @@ from epigram import plugin
 from epigram.attention import _flash, reference
 from epigram.attention.base import ORACLE, PACKAGE, Request, candidates, usable, within
 from epigram.capability import support
+from epigram.model.documents import reach as reach_of
 from epigram.run.setup import compile_shapes
 from epigram.run.speed import Work, as_called, cuda_ms, measure_ms
 
@@ -181,6 +182,27 @@ def test_within_documents_it_agrees_with_float64(name: str, length: int, window:
     function = torch.compile(function, dynamic=False) if name == "flex" else function
     exact = output_and_gradients(exactly, [x.detach().double().requires_grad_() for x in inputs(length, heads)], window)
     assert_near(output_and_gradients(function, inputs(length, heads), window), exact, RELATIVE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name != ORACLE])
+def test_within_documents_compiled(name: str, window: int) -> None:
+    """As in a model: what attention is told is computed from the tokens in the same graph, and two layers share it."""
+    attend = ready(name, request(window=window, documents=True), compiled=False)
+
+    def layers(x: Tensor, tokens: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        inside = within(attend, reach_of(tokens, 1, None))
+        q, k, v = x.unflatten(-1, (-1, HEAD_DIM)).split((8, 4, 4), dim=2)
+        return inside(inside(q * 1.5, k, v, window), k, v, 0).flatten(2)
+
+    tokens = (documents(1000) > 0).long() + 1
+    x = torch.randn(2, 1000, 16 * HEAD_DIM, device="cuda").bfloat16().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    out = torch.compile(layers, fullgraph=True, dynamic=False)(x, tokens, attend)
+    exact = layers(wide, tokens, reference.attend)
+    weights = torch.randn_like(out)
+    gradients = [*torch.autograd.grad(out, x, weights), *torch.autograd.grad(exact, wide, weights.double())]
+    assert_near([out.detach(), gradients[0]], [exact.detach(), gradients[1]], 2 * RELATIVE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("before", [1, 100, 511])

@@ -238,6 +238,10 @@ def test_a_loss_that_is_no_distribution(good: Path, monkeypatch):
     assert "condition.normalised" in probe_with(good, monkeypatch, lambda *a: 0.9 * honest(*a))
 
 
+def test_a_loss_that_is_no_number_is_found_and_not_a_crash(good: Path, monkeypatch):
+    assert probe_with(good, monkeypatch, lambda *a: torch.nan * honest(*a)) == {"condition.normalised"}
+
+
 def test_a_scorer_that_counts_twice(good: Path, monkeypatch):
     real = probe.score
 
