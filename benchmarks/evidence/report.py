@@ -148,7 +148,8 @@ def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> 
         lines += ["", f"![{claim.title}](results/plots/{plot.name})"]
     else:
         plot.unlink(missing_ok=True)
-    return "\n".join([*lines, "", "```", *_commands(plan, claim), "```"])
+    commands = _commands(plan, claim)
+    return "\n".join([*lines, *(["", "```", *commands, "```"] if commands else [])])
 
 
 def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -340,8 +341,10 @@ def command_of(plan: Plan, experiment: Experiment) -> list[str]:
 
 def _score(run: str, data: str, text: str) -> str:
     spec = Spec.parse(text)
-    words = f"epigram score {run} --data data/{data} --method {spec.method} --seq-len {spec.seq_len}"
-    words += f" --stride {spec.stride}" if spec.method == "sliding" else ""
+    words = f"epigram score {run} --data data/{data} --method {spec.windows.name} --seq-len {spec.seq_len}"
+    words += f" --stride {spec.stride}" if spec.windows.name == "sliding" else ""
+    words += f" --adapt {spec.method}" if spec.adapt else ""
+    words += f" --set score.adapt.lora.chunk_tokens={spec.stride}" if spec.method == "lora" else ""
     return words + (f" --max-tokens {spec.max_tokens}" if spec.max_tokens else "")
 
 

@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.evidence import cell as module
 from benchmarks.evidence.cell import EVIDENCE, execute, repack
 from benchmarks.evidence.plan import Cell, load_plan
 from benchmarks.evidence.runner import _with_path
+from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
 from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
 from epigram.run.score import score_model
@@ -54,6 +57,16 @@ def test_scores_are_those_of_the_commands(base: Path, data_path: Path):
     )
     assert rows["base", "float", "streaming@128"] == pytest.approx(floats["scores"]["streaming"]["val_bpb"], abs=1e-6)
     assert {variant for variant, _, _ in rows} == {"base", "nearest", "no-ema"}
+
+
+def test_a_score_that_learns_is_that_of_the_command(base: Path, data_path: Path):
+    path = base / "work" / "plain-s1" / "base" / "model.epigram"
+    (row,) = module.score_all(path, str(data_path), ["lora@128/64:500"], "cpu", "base", "quantized")
+    adapt = AdaptConfig(kind="lora", lora=LoraConfig(chunk_tokens=64))
+    expected = score_model(path, str(data_path), seq_len=128, stride=64, max_tokens=500, adapt=adapt, device="cpu")
+    found = expected["scores"]["adapted_lora"]
+    assert row["val_bpb"] == pytest.approx(found["val_bpb"], abs=1e-6)
+    assert abs(found["gain_bpb"]) > 1e-5, "another score than by sliding windows"
 
 
 def test_the_average_can_be_left_out(base: Path, data_path: Path, tmp_path: Path):
@@ -126,6 +139,31 @@ def test_a_whole_job_pauses_and_goes_on(data_path: Path, tmp_path: Path, monkeyp
     monkeypatch.undo()
     run_cell(cell, paused, data_path, resume=True)
     assert rows_of(paused, "whole-s1") == rows_of(once, "whole-s1")
+
+
+def test_a_cell_that_was_ended_after_training_goes_on(data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the midst of its variants: the training is not made again, and every score is there once."""
+    monkeypatch.setattr(module, "export_job", fails_at("nearest", export_job))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(CELLS["plain-s1"], tmp_path, data_path)
+    monkeypatch.setattr(module, "export_job", export_job)
+    steps: list[int] = []
+    monkeypatch.setattr(train, "train_step", lambda session, plan: steps.append(plan.step))
+    found = run_cell(CELLS["plain-s1"], tmp_path, data_path, resume=True)
+    assert not steps
+    keys = [(row["variant"], row["model"], row["score"]) for row in found["rows"]]
+    assert len(keys) == len(set(keys)) and {key[0] for key in keys} == {"base", "nearest", "no-ema"}
+
+
+def fails_at(name: str, job: Callable[..., Any]) -> Callable[..., Any]:
+    """`job`, which ends as by a signal once it has made the variant `name`."""
+
+    def export(run: Path, *, out: Path, **options: Any) -> Any:
+        job(run, out=out, **options)
+        if out.name == name:
+            raise KeyboardInterrupt
+
+    return export
 
 
 @pytest.mark.slow
