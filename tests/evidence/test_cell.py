@@ -16,6 +16,7 @@ from benchmarks.evidence import cell as module
 from benchmarks.evidence.cell import EVIDENCE, execute, repack
 from benchmarks.evidence.plan import Cell, load_plan
 from benchmarks.evidence.runner import _with_path
+from epigram.config import load_recipe
 from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
 from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
@@ -67,6 +68,21 @@ def test_a_score_that_learns_is_that_of_the_command(base: Path, data_path: Path)
     found = expected["scores"]["adapted_lora"]
     assert row["val_bpb"] == pytest.approx(found["val_bpb"], abs=1e-6)
     assert abs(found["gain_bpb"]) > 1e-5, "another score than by sliding windows"
+
+
+def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch):
+    """Steps of models that there are: here a small one in their place."""
+    for settings in module.SHARED:
+        load_recipe(module.BASE_RECIPE, settings)
+    done: list[dict[str, Any]] = []
+    benchmark = module.benchmark
+
+    def small(name: str, *, recipe: str, overrides: list[str], **options: Any) -> None:
+        done.append(benchmark(name, recipe="smoke", overrides=[o for o in overrides if "lanes" not in o], **options))
+
+    monkeypatch.setattr(module, "benchmark", small)
+    module.compile_shared("cpu")
+    assert [result["rows"][0]["name"] for result in done] == ["whole step"] * len(module.SHARED)
 
 
 def test_the_average_can_be_left_out(base: Path, data_path: Path, tmp_path: Path):
