@@ -217,7 +217,8 @@ def explain(part: str, name: str, device_type: str, capability: tuple[int, int] 
     row = support(device_type, capability)
     yield _finding(part, "device", f"{name}: one of the {row.device}" if capability else name)
     yield _finding(part, "precision", f"{str(row.precision).removeprefix('torch.')}: {row.precision_reason}")
-    why_not = why_no_compile(device_type, capability) or (None if compiler_available() else "there is no C++ compiler")
+    missing = None if compiler_available() else "there is no C++ compiler, or Python's headers are missing"
+    why_not = why_no_compile(device_type, capability) or missing
     yield _finding(part, "compile", f"off: {why_not}" if why_not else f"on: {row.compile_reason}")
     no_triton = why_no_triton(device_type, capability)
     yield _finding(part, "Triton kernels", f"off: {no_triton}" if no_triton else f"on: {row.triton_reason}")
