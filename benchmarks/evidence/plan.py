@@ -204,7 +204,7 @@ class Claim:
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Seconds, measured: start_s to the first step with warm caches and to the end after the last, export_s an
-    export, pack_s a whole job's packing, bench_s a timing, score_s by way to score."""
+    export, pack_s a whole job's packing and own scores, bench_s a timing, score_s by way to score."""
 
     start_s: float
     export_s: float
