@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,22 @@ def test_the_commands(data_path: Path, tmp_path: Path):
     assert failed["status"] == "failed"
     assert "DivergedError" in failed["reason"]
     assert not (tmp_path / "work" / "plain-s1").exists()  # models and checkpoints are large
+
+
+@pytest.mark.slow
+def test_a_command_that_is_ended_leaves_results_and_no_process(data_path: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.evidence", "run", "--plan", str(TOY), "--device", "cpu"]
+    command += ["--data", f"toy={data_path}", "--seconds", "200", "--only", "plain-s1"]
+    command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--archive", str(tmp_path / "a.tgz")]
+    runner = subprocess.Popen(command, cwd=ROOT, env=_with_path({**os.environ}), stdout=subprocess.PIPE, text=True)
+    assert runner.stdout is not None
+    lines = iter(runner.stdout.readline, "")
+    assert any("plain-s1 starts" in line for line in lines)
+    runner.terminate()
+    # The pipe is closed when the last process that holds it has ended.
+    said = "".join(lines)
+    assert runner.wait(30) == 143
+    assert "cut off by the end of the time: plain-s1" in said
+    assert json.loads((tmp_path / "out" / "plain-s1" / EVIDENCE).read_text())["status"] == "cut"
+    with tarfile.open(tmp_path / "a.tgz") as tar:
+        assert f"out/plain-s1/{EVIDENCE}" in tar.getnames()
