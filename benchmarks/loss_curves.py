@@ -15,21 +15,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from epigram.config import load_recipe
+
 PLAIN = ['run.kernels="plain"', 'run.compile="off"', 'run.cuda_graphs="off"', 'run.attention="sdpa"']
 WAYS = {"fast": [], "plain": PLAIN, "float32": [*PLAIN, 'run.precision="float32"']}
 EVERY = 5  # steps between points of the figure
 LATE = 50  # steps at the end over which distances are averaged
 
 
-def settings(steps: int) -> list[str]:
+def settings(recipe: str, steps: int) -> list[str]:
     """A step of one lane of each kind, at the highest rates to the end, every loss logged."""
     steps_only = ['budget.clock="steps"', f"budget.steps={steps}", f"budget.max_steps={steps}"]
     return [
         *steps_only,
         "schedule.min_lr=1",
         "schedule.qat_threshold=0",
-        "lanes.0.count=1",
-        "lanes.1.count=1",
+        *(f"lanes.{index}.count=1" for index in range(len(load_recipe(recipe).lanes))),
         "run.log_every=1",
         "run.val_every=0",
     ]
@@ -37,7 +38,7 @@ def settings(steps: int) -> list[str]:
 
 def run(way: str, recipe: str, data: str | None, steps: int, out: Path, work: Path) -> None:
     """Train, and keep the losses."""
-    chosen = [*settings(steps), *WAYS[way]]
+    chosen = [*settings(recipe, steps), *WAYS[way]]
     command = [
         sys.executable,
         "-m",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def list_cells(plan_path: Path, done: tuple[Path, ...], seconds: float | None) -
 @click.option("--mix", is_flag=True, help="Also where the group was measured on another kind of GPU.")
 @click.option("--keep", is_flag=True, help="Keep runs with checkpoints and models.")
 @click.option("--warm", is_flag=True, help="This machine has compiled the kernels already.")
+@click.option("--goes-on", is_flag=True, help="Another call follows on this machine: begin what it can finish.")
 def run(
     plan_path: Path,
     data: tuple[str, ...],
@@ -78,8 +80,12 @@ def run(
     mix: bool,
     keep: bool,
     warm: bool,
+    goes_on: bool,
 ) -> None:
-    """Run what is missing, in order of priority, on every GPU, one cell each at a time."""
+    """Run what is missing, in order of priority, on every GPU, one cell each at a time.
+
+    Give it half a minute less than what ends the command from outside: it stops its processes, then archives.
+    """
     from benchmarks.evidence.runner import Options, execute_plan
 
     plan = load_plan(plan_path)
@@ -107,7 +113,9 @@ def run(
         mix=mix,
         keep=keep,
         fresh=not warm and device == "cuda",
+        goes_on=goes_on,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     summary = execute_plan(plan, options)
     sys.exit(1 if summary.failed else 0)
 
@@ -145,6 +153,15 @@ def worker(device: str) -> None:
     except Exception as error:
         note_failure(folder, f"{type(error).__name__}: {error}")
         raise
+
+
+@command.command("compile", hidden=True)
+@click.option("--device", required=True)
+def compile_command(device: str) -> None:
+    """Compile what the cells share, into the caches on disk."""
+    from benchmarks.evidence.cell import compile_shared
+
+    compile_shared(device)
 
 
 @command.command("repack", hidden=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 from epigram.artifact import tensors as artifact
 from epigram.dist.context import open_context
 from epigram.errors import StoppedError, UserError
+from epigram.run.adapt import Adaptation
 from epigram.run.benchmark import benchmark
 from epigram.run.budget import CLOCK_FILE
 from epigram.run.job import OverBudgetError, export_job, run_job
@@ -32,6 +34,11 @@ EVIDENCE = "evidence.json"
 
 REPACK = "repack.json"
 """In the working folder of a cell: the model files whose sizes by other codecs are still to be found."""
+
+BASE_RECIPE = str(ROOT / "benchmarks" / "evidence" / "base.toml")
+_TWO_LENGTHS = "lanes=[{count=1,seq_len=2048,num_seqs=24},{count=1,seq_len=6144,num_seqs=4}]"
+SHARED = ([_TWO_LENGTHS], [_TWO_LENGTHS, "model.window=0", "model.window_layers=[]"])
+"""Settings of the models that are compiled before the cells start: most cells need what one of them needs."""
 
 _BATCH_TOKENS = 196_608
 _BENCH_FIGURES = ("name", "median_ms", "p10_ms", "p90_ms", "first_s")
@@ -90,6 +97,16 @@ def import_kernels() -> None:
             importlib.import_module(name)
 
 
+def compile_shared(device: str) -> None:
+    """A few steps of the model of the short experiments, with and without windows, in lanes of two lengths.
+
+    Everything that compiles once for all is then on disk: the kernels of quack and flash-attn-4, which several
+    processes compile at a time, and Triton's. What torch.compile makes belongs to a cell's settings, and is left to it.
+    """
+    for settings in SHARED:
+        benchmark("step", recipe=BASE_RECIPE, overrides=settings, repeats=1, device=device, show=False)
+
+
 def describe(cell: Cell) -> dict[str, Any]:
     """What says which cell a result is of."""
     own = cell.experiment
@@ -131,6 +148,7 @@ def _train(cell: Cell, folder: Path, work: Path, data: str, recipe: str, device:
         out = run if whole and variant.name == BASE else work / variant.name
         kept = folder if variant.name == BASE else folder / variant.name
         if out != run:
+            shutil.rmtree(out, ignore_errors=True)  # of a call that was ended after training
             _allowing_over_budget(
                 found, partial(export_job, run, data_path=data, out=out, overrides=variant.set, device=device)
             )
@@ -163,8 +181,17 @@ def score_all(
         loaded, data = open_both(model_path, data_path, context)
         for text in specs:
             spec = Spec.parse(text)
-            losses = losses_for_scoring(loaded.gpt, context, scoring_work(spec.seq_len, _BATCH_TOKENS))
-            row = score_split(losses, data, spec.of(), context, batch_tokens=_BATCH_TOKENS, max_tokens=spec.max_tokens)
+            work = replace(scoring_work(spec.seq_len, _BATCH_TOKENS), backward=spec.method == "sgd")
+            losses = losses_for_scoring(loaded.gpt, context, work)
+            adaptation = None
+            if spec.adapt is not None:
+                adaptation = Adaptation(
+                    config=spec.adapt, model=loaded.gpt, losses=losses, context=context, bos_id=data.tokenizer.bos_id
+                )
+            row = score_split(
+                losses, data, spec.windows, context,
+                batch_tokens=_BATCH_TOKENS, max_tokens=spec.max_tokens, adaptation=adaptation,
+            )  # fmt: skip
             rows.append({"variant": variant, "model": model, "score": text, **row})
             print(f"{variant} {model} {text}: {row['val_bpb']:.5f} bpb in {row['score_s']} s", flush=True)
     return rows

@@ -18,6 +18,8 @@ from typing import Any
 
 from epigram.config import load_recipe
 from epigram.errors import UserError
+from epigram.evaluation.adapt_config import KINDS as ADAPTED
+from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
 from epigram.evaluation.windows import Method, stride_of
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +31,16 @@ KINDS = ("train", "whole", "bench")
 BASE = "base"
 """The variant that every trained cell has: exported as configured."""
 
-_SPEC = re.compile(r"(blocks|sliding|streaming)@(\d+)(?:/(\d+))?(?::(\d+))?$")
+_SPEC = re.compile(r"(blocks|sliding|streaming|sgd|lora)@(\d+)(?:/(\d+))?(?::(\d+))?$")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A way to score, written METHOD@SEQ_LEN[/STRIDE][:MAX_TOKENS], such as sliding@6144/128:1000000."""
+    """A way to score, written METHOD@SEQ_LEN[/STRIDE][:MAX_TOKENS], such as sliding@6144/128:1000000.
+
+    Of method sgd and lora the model learns meanwhile: over sliding windows of this stride, or from as many tokens of
+    each document at a time.
+    """
 
     method: str
     seq_len: int
@@ -47,13 +53,24 @@ class Spec:
         if found is None:
             raise UserError(f"{text!r} is no way to score: write METHOD@SEQ_LEN[/STRIDE][:MAX_TOKENS]")
         method, seq_len = found[1], int(found[2])
-        if method == "sliding" and not found[3]:
-            raise UserError(f"{text!r} needs a stride: write sliding@{seq_len}/128")
+        if method in ("sliding", *ADAPTED) and not found[3]:
+            raise UserError(f"{text!r} needs a stride: write {method}@{seq_len}/128")
         stride = int(found[3]) if found[3] else 1
-        return cls(method, seq_len, stride_of(method, seq_len, stride), int(found[4] or 0))
+        windows = "sliding" if method in ADAPTED else method
+        return cls(method, seq_len, stride_of(windows, seq_len, stride), int(found[4] or 0))
 
-    def of(self) -> Method:
-        return Method(name=self.method, seq_len=self.seq_len, stride=self.stride)
+    @property
+    def windows(self) -> Method:
+        """What is scored by what; of a score that learns, where its windows lie."""
+        name = "sliding" if self.adapt else self.method
+        return Method(name=name, seq_len=self.seq_len, stride=self.stride)
+
+    @property
+    def adapt(self) -> AdaptConfig | None:
+        """How the model learns meanwhile, if it does."""
+        if self.method not in ADAPTED:
+            return None
+        return AdaptConfig(kind=self.method, lora=LoraConfig(chunk_tokens=self.stride))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +91,8 @@ class Experiment:
     priority: of each seed, small ones first. train_s: budget.train_s. data: name of a data folder. scores,
     float_scores: of the packed and the float model, besides those that the export itself makes. repeats: a cell whose
     config.toml is the recipe. group: cells that are compared with each other, and so belong on one kind of GPU.
-    against: the experiment that it is compared with, if not the baseline of its claim, or "published".
+    against: the experiment that it is compared with, if not the baseline of its claim, or "published". wall_s: what its
+    training and compilation are expected to take, where that is not train_s; a guess for the order, no limit.
     """
 
     name: str
@@ -93,6 +111,7 @@ class Experiment:
     codecs: tuple[str, ...] = ()
     repeats: str = ""
     against: str = ""
+    wall_s: float = 0
     variants: tuple[Variant, ...] = ()
 
     def __post_init__(self) -> None:
@@ -132,8 +151,8 @@ class Cell:
 
     @property
     def can_pause(self) -> bool:
-        """Whether it can be stopped in training and go on later: a job that is scored as a whole."""
-        return self.experiment.kind == "whole"
+        """Whether it can be stopped in training and go on later, in another process on the same machine."""
+        return self.experiment.kind != "bench"
 
     @property
     def exports(self) -> tuple[Variant, ...]:
@@ -184,11 +203,10 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds, measured: start_s to the first step with warm caches and to the end after the last, first_s more on a
-    fresh machine, export_s an export, pack_s a whole job's packing, bench_s a timing, score_s by way to score."""
+    """Seconds, measured: start_s to the first step with warm caches and to the end after the last, export_s an
+    export, pack_s a whole job's packing and own scores, bench_s a timing, score_s by way to score."""
 
     start_s: float
-    first_s: float
     export_s: float
     pack_s: float
     bench_s: float
@@ -289,6 +307,6 @@ def _cost(experiment: Experiment, costs: Costs) -> float:
         return math.ceil(costs.start_s / 2 + costs.bench_s * len(experiment.variants))
     exports = [experiment.scores, *(variant.scores for variant in experiment.variants)]
     scores = [*experiment.float_scores, *(spec for specs in exports for spec in specs)]
-    total = costs.start_s + experiment.train_s + sum(costs.of_score(spec) for spec in scores)
+    total = costs.start_s + (experiment.wall_s or experiment.train_s) + sum(costs.of_score(spec) for spec in scores)
     total += costs.export_s * len(exports) + (costs.pack_s if experiment.kind == "whole" else 0)
     return math.ceil(total)

@@ -122,7 +122,10 @@ def _intro(plan: Plan) -> str:
     return f"""## Claims and questions
 
 Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result
-of every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. A mean over several
+of every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. Where a command
+may take ten minutes, `run --data two=data/two --data three=data/three --seconds 560 --archive evidence.tgz --goes-on`
+does the most important ones first, and the same command, given again on that machine, goes on with what it had begun.
+A mean over several
 seeds stands with its standard deviation. A negative difference is a better score; it is tested seed by seed as by
 `epigram compare`, and one seed shows a difference but proves none. Scores are on the validation file, on which
 settings were also chosen. In the commands, SEED is each of the row's, and
@@ -148,7 +151,8 @@ def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> 
         lines += ["", f"![{claim.title}](results/plots/{plot.name})"]
     else:
         plot.unlink(missing_ok=True)
-    return "\n".join([*lines, "", "```", *_commands(plan, claim), "```"])
+    commands = _commands(plan, claim)
+    return "\n".join([*lines, *(["", "```", *commands, "```"] if commands else [])])
 
 
 def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -340,8 +344,10 @@ def command_of(plan: Plan, experiment: Experiment) -> list[str]:
 
 def _score(run: str, data: str, text: str) -> str:
     spec = Spec.parse(text)
-    words = f"epigram score {run} --data data/{data} --method {spec.method} --seq-len {spec.seq_len}"
-    words += f" --stride {spec.stride}" if spec.method == "sliding" else ""
+    words = f"epigram score {run} --data data/{data} --method {spec.windows.name} --seq-len {spec.seq_len}"
+    words += f" --stride {spec.stride}" if spec.windows.name == "sliding" else ""
+    words += f" --adapt {spec.method}" if spec.adapt else ""
+    words += f" --set score.adapt.lora.chunk_tokens={spec.stride}" if spec.method == "lora" else ""
     return words + (f" --max-tokens {spec.max_tokens}" if spec.max_tokens else "")
 
 

@@ -1,7 +1,9 @@
 """Executes the cells of a plan on the GPUs that are there, in order of priority, until the time is used up.
 
 Each GPU has one process at a time, with a second one that has imported everything and waits for the next cell: imports
-take as long as a tenth of a short run. Codecs that need no GPU compress beside the training, on their own.
+take as long as a tenth of a short run. Codecs that need no GPU compress beside the training, on their own. On a machine
+that has compiled nothing, one process compiles what all cells share before the first of them starts: several that
+compile the same at once take longer than one, and each other's processors.
 """
 
 import json
@@ -27,7 +29,7 @@ _END_S = 3.0  # kept for the archive and the last lines
 _GRACE_S = 2.0  # between being asked to end and being ended
 _PAUSE_S = 15.0  # before the end, a run begun to be paused is asked to write its checkpoint
 _LATE_S = 6.0  # before the end, so is one that was to be finished by then
-_WORTH_S = 120.0  # least time for which a run is begun that will have to pause
+_WORTH_S = 60.0  # least time for which a run is begun that will have to pause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class Options:
     data: data folders by the plan's names. seconds: for all of it. devices: one for each process that runs at a time.
     archive: a .tgz of `out`, written anew after every cell. only: names of experiments, cells or claims, none for all.
     retry: cells that failed, too. mix: also cells whose group was measured on another kind of GPU. keep: runs with
-    models stay. fresh: the machine has compiled nothing yet.
+    models stay. fresh: the machine has compiled nothing yet. goes_on: another call follows on this machine, so that
+    the end of the time need not be the end of a cell.
     """
 
     out: Path
@@ -53,6 +56,7 @@ class Options:
     mix: bool = False
     keep: bool = False
     fresh: bool = True
+    goes_on: bool = False
 
 
 @dataclass
@@ -64,7 +68,6 @@ class Slot:
     running: subprocess.Popen[str] | None = None
     cell: Cell | None = None
     start_s: float = 0.0
-    cells: int = 0
     partial: bool = False
     pausing: bool = False
     log: Path | None = None
@@ -116,11 +119,29 @@ class _Run:
             f"{len(self.pending)} cells to run, {total_s:.0f} s of a GPU, on {len(self.slots)} x {self.options.gpu}"
         )
         try:
+            if self.options.fresh and self.pending:
+                self._compile()
             while self._turn():
                 time.sleep(_POLL_S)
         finally:
             self._end()
         return self.summary
+
+    def _compile(self) -> None:
+        """Fill the caches on disk; a failure costs time alone, since every cell compiles what it lacks."""
+        self._say("compiling, on the first GPU")
+        log, process = self.options.work / "compile.log", None
+        try:
+            with log.open("w") as file:
+                process = self._process(self.slots[0], "compile", stdout=file, stderr=file)
+            process.wait(max(self._left_s(), 0.0))
+            failed = f"NOT COMPILED, the cells do it themselves; log: {log}"
+            self._say(failed if process.returncode else "compiled")
+        except subprocess.TimeoutExpired:
+            self._say(f"NOT COMPILED in the time that there is; log: {log}")
+        finally:
+            if process is not None:
+                _stop([process])
 
     def _wanted(self, cell: Cell) -> bool:
         """Whether the cell is to be run; the reason against it is kept, unless it is that it is done."""
@@ -172,14 +193,13 @@ class _Run:
         return self.options.seconds - _END_S - (time.monotonic() - self.start_s)
 
     def _start(self, slot: Slot) -> None:
-        first_s = self.plan.costs.first_s if self.options.fresh and not slot.cells else 0.0
         ready = [cell for cell in self.pending if not self._waits_for(cell)]
-        cell = next((cell for cell in ready if self._fits(cell, first_s)), None)
+        cell = next((cell for cell in ready if self._fits(cell)), None)
         if cell is None:
             self._dismiss(slot)
             return
         self.pending.remove(cell)
-        about_s = cell.cost_s + first_s - self._trained_s(cell)
+        about_s = cell.cost_s - self._trained_s(cell)
         own = cell.experiment
         slot.log = self.options.work / f"{cell.name}.log"
         job = {
@@ -199,7 +219,6 @@ class _Run:
             process.stdin.close()
         slot.running, slot.waiting, slot.cell, slot.start_s = process, None, cell, time.monotonic()
         slot.partial, slot.pausing = about_s > self._left_s(), False
-        slot.cells += 1
         self._say(f"{slot.device}: {cell.name} starts, about {about_s:.0f} s of {self._left_s():.0f} left")
         slot.waiting = self._worker(slot)
 
@@ -208,11 +227,12 @@ class _Run:
         late = self._left_s() < (_PAUSE_S if slot.partial else _LATE_S)
         return late and not slot.pausing and slot.cell is not None and slot.cell.can_pause
 
-    def _fits(self, cell: Cell, first_s: float) -> bool:
-        """Whether there is time for it; for part of it, where it would not fit into any such time as a whole."""
-        left_s, cost_s = self._left_s(), cell.cost_s + first_s - self._trained_s(cell)
-        too_long = cell.can_pause and cell.cost_s > self.options.seconds - _END_S - first_s
-        return cost_s <= left_s or (too_long and left_s >= _WORTH_S)
+    def _fits(self, cell: Cell) -> bool:
+        """Whether there is time for it; for part of it, where another call goes on with it or it fits into none."""
+        left_s = self._left_s()
+        in_parts = self.options.goes_on or cell.cost_s > self.options.seconds - _END_S
+        enough = cell.cost_s - self._trained_s(cell) <= left_s
+        return enough or (cell.can_pause and in_parts and left_s >= _WORTH_S)
 
     def _trained_s(self, cell: Cell) -> float:
         """Seconds of training that a paused run of this cell has behind it, 0 where there is none to go on with."""
@@ -232,13 +252,17 @@ class _Run:
 
     def _worker(self, slot: Slot) -> subprocess.Popen[str]:
         """A process that imports everything and waits for a job on its standard input."""
+        return self._process(slot, "worker", stdin=subprocess.PIPE)
+
+    def _process(self, slot: Slot, command: str, **streams: Any) -> subprocess.Popen[str]:
+        """`python -m benchmarks.evidence COMMAND` on the GPU of `slot`."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         device = slot.device
         if device.startswith("cuda:"):
             environment["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
             device = "cuda"
-        command = [sys.executable, "-m", "benchmarks.evidence", "worker", "--device", device]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=ROOT, env=_with_path(environment))
+        words = [sys.executable, "-m", "benchmarks.evidence", command, "--device", device]
+        return subprocess.Popen(words, text=True, cwd=ROOT, env=_with_path(environment), **streams)
 
     def _finish(self, slot: Slot) -> None:
         """Take in what a process that ended left."""
@@ -248,7 +272,7 @@ class _Run:
         folder = self.options.out / cell.name
         evidence = self._evidence(folder, cell)
         took_s = time.monotonic() - slot.start_s
-        if slot.pausing and evidence["status"] == "running":  # it was past training, whose last checkpoint is there
+        if slot.pausing and evidence["status"] == "running":  # it was before training, or past it with a checkpoint
             evidence["status"] = "paused"
             write(folder, evidence)
         if process.returncode == 0 and evidence["status"] == "finished":
@@ -271,7 +295,7 @@ class _Run:
             found: dict[str, Any] = json.loads((folder / EVIDENCE).read_text("utf-8"))
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        return {**describe(cell), "status": "failed", "rows": []}
+        return {**describe(cell), "status": "running", "rows": []}
 
     def _pack(self, cell: Cell) -> None:
         work = self.options.work / cell.name

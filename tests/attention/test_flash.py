@@ -3,16 +3,22 @@
 import os
 import stat
 import sys
+from dataclasses import replace
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from golden_model import CONFIG
 from stand_ins import CALLS, flash_attn_3, flash_attn_4
 
 from epigram import plugin
 from epigram.attention import _flash, _flash4_cache, reference
 from epigram.attention.base import PACKAGE, Request, within
 from epigram.errors import UserError
+from epigram.evaluation.scorer import token_nlls
+from epigram.evaluation.windows import Method
+from epigram.model.gpt import GPT
 from epigram.user_cache import user_cache
 
 LIBRARIES = {
@@ -106,6 +112,18 @@ def test_a_batch_with_too_many_documents_is_not_a_number(backend, monkeypatch):
         out = backend.attend.within(reach)(q, k, v, 0)
         assert bool(out.isfinite().all()) == is_fine
         assert is_fine or bool(out[..., 0].isnan().all())
+
+
+def test_a_score_of_too_many_documents_says_what_to_do(backend):
+    model = GPT(replace(CONFIG, documents="isolated", bos_id=1)).requires_grad_(False)
+    model.initialize(0)
+    model.attend = model.attend_window = backend.attend
+    method = Method(name="blocks", seq_len=160, stride=160)
+    tokens = np.where(np.arange(161) % 2, 1, 5).astype(np.uint16)
+    with pytest.raises(UserError, match="FlashAttention has room for .* lower batch_tokens"):
+        token_nlls(model.nll, tokens, method, device=torch.device("cpu"), batch_tokens=160)
+    tokens[1::4] = 5
+    assert token_nlls(model.nll, tokens, method, device=torch.device("cpu"), batch_tokens=160).min() > 0
 
 
 def test_layers_share_the_segments(backend, monkeypatch):

@@ -19,7 +19,7 @@ from epigram.model.gpt import GPT
 from epigram.model.lora import lora_shapes
 
 CPU = torch.device("cpu")
-BOS, SEQ_LEN = 1, 16
+BOS, FILLER, SEQ_LEN = 1, 0, 16
 # AdamW takes a whole step where a gradient is nothing but rounding, if eps lets it; other batches round otherwise.
 CONFIG_FAST = LoraConfig(rank=3, alpha=6.0, lr=0.05, eps=1e-3, chunk_tokens=5, num_documents=3)
 
@@ -41,7 +41,8 @@ def adapted(
     model = model or golden_model()
     batches = document_batches(find_documents(tokens, BOS), config, SEQ_LEN, batch_tokens)
     found = np.full(len(tokens) - 1, np.nan, np.float32)
-    for part in document_parts(model.nll, tokens, batches, adapter_of(model, config), config, SEQ_LEN, CPU):
+    adapter = adapter_of(model, config)
+    for part in document_parts(model.nll, tokens, batches, adapter, config, SEQ_LEN, CPU, filler=FILLER):
         targets, nats = part.counted()
         assert np.isnan(found[targets]).all(), "each token once"
         assert part.num_scored == len(targets)
@@ -132,7 +133,7 @@ def test_what_is_handed_over_was_scored() -> None:
     watching = Watching(lora_shapes(CONFIG), 6, model.nll, CONFIG_FAST, SEQ_LEN, CPU)
     documents = find_documents(tokens, BOS)
     batches = document_batches(documents, CONFIG_FAST, SEQ_LEN, 1000)
-    for part in document_parts(model.nll, tokens, batches, watching, CONFIG_FAST, SEQ_LEN, CPU):
+    for part in document_parts(model.nll, tokens, batches, watching, CONFIG_FAST, SEQ_LEN, CPU, filler=FILLER):
         out[part.counted()[0]] = True
     rows = [(row, num_new, seen) for some, num_new, seen in learned for row in some]
     assert len(rows) == sum((end - start - 1) // 5 for start, end in documents.tolist())
@@ -142,6 +143,21 @@ def test_what_is_handed_over_was_scored() -> None:
         assert num_new == 5 and seen[place : place + len(row) - 1].all()
         assert BOS not in row[1:], "of one document"
     assert out.all()
+
+
+def test_no_document_begins_behind_the_end_of_one() -> None:
+    """Attention that keeps documents apart has room for so many in a batch."""
+    tokens, model, rows = stream(140, [0, 40, 41, 63, 64, 110]), golden_model(), []
+
+    def nll(inputs, targets, **options):
+        rows.extend(inputs.tolist())
+        return model.nll(inputs, targets, **options)
+
+    still = replace(CONFIG_FAST, lr=0.0)
+    batches = document_batches(find_documents(tokens, BOS), still, SEQ_LEN, 1000)
+    for _ in document_parts(nll, tokens, batches, adapter_of(model, still), still, SEQ_LEN, CPU, filler=FILLER):
+        pass
+    assert any(FILLER in row for row in rows) and not any(BOS in row[1:] for row in rows)
 
 
 def test_the_work_is_what_forwards_read() -> None:
@@ -154,7 +170,8 @@ def test_the_work_is_what_forwards_read() -> None:
 
     still = replace(CONFIG_FAST, lr=0.0)
     shares: list[float] = []
-    for _ in document_parts(nll, tokens, batches, adapter_of(model, still), still, SEQ_LEN, CPU, shares.append):
+    adapter = adapter_of(model, still)
+    for _ in document_parts(nll, tokens, batches, adapter, still, SEQ_LEN, CPU, shares.append, filler=FILLER):
         pass
     assert sum(read) == sum(work(batch, still, SEQ_LEN) for batch in batches)
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)

@@ -161,6 +161,25 @@ def test_each_token_is_computed_once() -> None:
     assert read == 404 + 4 * SEQ_LEN
 
 
+def test_behind_the_text_comes_no_more_of_its_last_token() -> None:
+    """It could begin documents, and attention that keeps them apart has room for so many in a batch."""
+    tokens, read = stream(70), []
+    tokens[-1] = 1
+
+    def open_stream(how: Method):
+        def nll(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            read.append(inputs.clone())
+            return torch.zeros(inputs.shape)
+
+        return nll
+
+    scorer.token_nlls(
+        open_stream, tokens, method(segment_tokens=48, overlap=1, chunk_tokens=32), device=CPU, batch_tokens=64
+    )
+    inputs = torch.cat([x.flatten() for x in read])
+    assert len(inputs) > 80 and int((inputs == 1).sum()) <= 2
+
+
 def test_rotation_far_into_a_stream() -> None:
     """Positions count from the segment's start: at the two-hundred-thousandth the same tokens lose the same."""
     model = tiny().float()

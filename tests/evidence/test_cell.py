@@ -5,15 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.evidence import cell as module
 from benchmarks.evidence.cell import EVIDENCE, execute, repack
 from benchmarks.evidence.plan import Cell, load_plan
 from benchmarks.evidence.runner import _with_path
+from epigram.config import load_recipe
+from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
 from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
 from epigram.run.score import score_model
@@ -54,6 +59,31 @@ def test_scores_are_those_of_the_commands(base: Path, data_path: Path):
     )
     assert rows["base", "float", "streaming@128"] == pytest.approx(floats["scores"]["streaming"]["val_bpb"], abs=1e-6)
     assert {variant for variant, _, _ in rows} == {"base", "nearest", "no-ema"}
+
+
+def test_a_score_that_learns_is_that_of_the_command(base: Path, data_path: Path):
+    path = base / "work" / "plain-s1" / "base" / "model.epigram"
+    (row,) = module.score_all(path, str(data_path), ["lora@128/64:500"], "cpu", "base", "quantized")
+    adapt = AdaptConfig(kind="lora", lora=LoraConfig(chunk_tokens=64))
+    expected = score_model(path, str(data_path), seq_len=128, stride=64, max_tokens=500, adapt=adapt, device="cpu")
+    found = expected["scores"]["adapted_lora"]
+    assert row["val_bpb"] == pytest.approx(found["val_bpb"], abs=1e-6)
+    assert abs(found["gain_bpb"]) > 1e-5, "another score than by sliding windows"
+
+
+def test_what_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch):
+    """Steps of models that there are: here a small one in their place."""
+    for settings in module.SHARED:
+        load_recipe(module.BASE_RECIPE, settings)
+    done: list[dict[str, Any]] = []
+    benchmark = module.benchmark
+
+    def small(name: str, *, recipe: str, overrides: list[str], **options: Any) -> None:
+        done.append(benchmark(name, recipe="smoke", overrides=[o for o in overrides if "lanes" not in o], **options))
+
+    monkeypatch.setattr(module, "benchmark", small)
+    module.compile_shared("cpu")
+    assert [result["rows"][0]["name"] for result in done] == ["whole step"] * len(module.SHARED)
 
 
 def test_the_average_can_be_left_out(base: Path, data_path: Path, tmp_path: Path):
@@ -128,6 +158,31 @@ def test_a_whole_job_pauses_and_goes_on(data_path: Path, tmp_path: Path, monkeyp
     assert rows_of(paused, "whole-s1") == rows_of(once, "whole-s1")
 
 
+def test_a_cell_that_was_ended_after_training_goes_on(data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the midst of its variants: the training is not made again, and every score is there once."""
+    monkeypatch.setattr(module, "export_job", fails_at("nearest", export_job))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(CELLS["plain-s1"], tmp_path, data_path)
+    monkeypatch.setattr(module, "export_job", export_job)
+    steps: list[int] = []
+    monkeypatch.setattr(train, "train_step", lambda session, plan: steps.append(plan.step))
+    found = run_cell(CELLS["plain-s1"], tmp_path, data_path, resume=True)
+    assert not steps
+    keys = [(row["variant"], row["model"], row["score"]) for row in found["rows"]]
+    assert len(keys) == len(set(keys)) and {key[0] for key in keys} == {"base", "nearest", "no-ema"}
+
+
+def fails_at(name: str, job: Callable[..., Any]) -> Callable[..., Any]:
+    """`job`, which ends as by a signal once it has made the variant `name`."""
+
+    def export(run: Path, *, out: Path, **options: Any) -> Any:
+        job(run, out=out, **options)
+        if out.name == name:
+            raise KeyboardInterrupt
+
+    return export
+
+
 @pytest.mark.slow
 def test_the_commands(data_path: Path, tmp_path: Path):
     """The runner with its real processes: a run, one that fails, and the sizes that are found beside."""
@@ -144,3 +199,22 @@ def test_the_commands(data_path: Path, tmp_path: Path):
     assert failed["status"] == "failed"
     assert "DivergedError" in failed["reason"]
     assert not (tmp_path / "work" / "plain-s1").exists()  # models and checkpoints are large
+
+
+@pytest.mark.slow
+def test_a_command_that_is_ended_leaves_results_and_no_process(data_path: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.evidence", "run", "--plan", str(TOY), "--device", "cpu"]
+    command += ["--data", f"toy={data_path}", "--seconds", "200", "--only", "plain-s1"]
+    command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--archive", str(tmp_path / "a.tgz")]
+    runner = subprocess.Popen(command, cwd=ROOT, env=_with_path({**os.environ}), stdout=subprocess.PIPE, text=True)
+    assert runner.stdout is not None
+    lines = iter(runner.stdout.readline, "")
+    assert any("plain-s1 starts" in line for line in lines)
+    runner.terminate()
+    # The pipe is closed when the last process that holds it has ended.
+    said = "".join(lines)
+    assert runner.wait(30) == 143
+    assert "cut off by the end of the time: plain-s1" in said
+    assert json.loads((tmp_path / "out" / "plain-s1" / EVIDENCE).read_text())["status"] == "cut"
+    with tarfile.open(tmp_path / "a.tgz") as tar:
+        assert f"out/plain-s1/{EVIDENCE}" in tar.getnames()

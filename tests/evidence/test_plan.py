@@ -39,10 +39,14 @@ def test_compared_experiments_share_a_kind_of_gpu():
 
 
 def test_ways_to_score():
-    assert Spec.parse("blocks@2048").of().stride == 2048
-    assert Spec.parse("streaming@6144").of().stride == 1
+    assert Spec.parse("blocks@2048").windows.stride == 2048
+    assert Spec.parse("streaming@6144").windows.stride == 1
     assert Spec.parse("sliding@6144/128:1000") == Spec("sliding", 6144, 128, 1000)
-    for wrong in ("sliding@2048", "blocks", "blocks@2k"):
+    assert Spec.parse("blocks@2048").adapt is None
+    sgd, lora = Spec.parse("sgd@2048/64"), Spec.parse("lora@2048/48:1000")
+    assert (sgd.windows.name, sgd.windows.stride, sgd.adapt.kind) == ("sliding", 64, "sgd")
+    assert (lora.max_tokens, lora.adapt.kind, lora.adapt.lora.chunk_tokens) == (1000, "lora", 48)
+    for wrong in ("sliding@2048", "sgd@2048", "blocks", "blocks@2k"):
         with pytest.raises(UserError, match=wrong):
             Spec.parse(wrong)
 

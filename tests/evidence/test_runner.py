@@ -145,7 +145,7 @@ def test_a_long_run_pauses_and_goes_on_first(runs: Runs, monkeypatch: pytest.Mon
 
 
 def test_when_to_pause(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    """Some seconds before the end, fewer where it was to be finished by then, and only what can go on."""
+    """Some seconds before the end, fewer where it was to be finished by then, and only what can go on: no timings."""
     run = runner._Run(runs.plan, runs.options)
     cells = {cell.name: cell for cell in runs.plan.cells}
     slot = runner.Slot("cpu", cell=cells["whole-s1"], partial=True)
@@ -153,8 +153,45 @@ def test_when_to_pause(runs: Runs, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(run, "_left_s", lambda left_s=left_s: left_s)
         slot.partial = partial
         assert run._must_pause(slot) == expected
-    slot.cell = cells["plain-s1"]
+    slot.cell = cells["steps-64"]
     assert not run._must_pause(slot)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_another_call_can_finish_is_begun(runs: Runs, monkeypatch: pytest.MonkeyPatch, goes_on: bool):
+    """14 s are left, on a clock that stands still, for a run that would take 15."""
+    monkeypatch.setattr(runner, "_WORTH_S", 14.0)
+    monkeypatch.setattr(runner, "_PAUSE_S", 1.0)
+    monkeypatch.setattr(runner._Run, "_left_s", lambda _: 14.0)
+    summary = runs(only=["plain-s1"], goes_on=goes_on)
+    assert summary.finished == ["plain-s1"] * goes_on
+    assert list(summary.left) == [] if goes_on else ["plain-s1"]
+
+
+@pytest.mark.parametrize("words", ["sys.exit()", "sys.exit(3)", "time.sleep(60)"])
+def test_a_fresh_machine_compiles_before_anything_starts(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+):
+    """Once, however many GPUs there are; whatever becomes of it, the cells are run, and no process is left."""
+    asked: list[tuple[str, str]] = []
+    made: list[subprocess.Popen[str]] = []
+
+    def process(_: Any, slot: runner.Slot, command: str, **streams: Any) -> subprocess.Popen[str]:
+        asked.append((slot.device, command))
+        code = f"import pathlib, sys, time; pathlib.Path({str(runs.work)!r}, 'compiled').touch(); {words}"
+        made.append(subprocess.Popen([sys.executable, "-c", code], text=True, **streams))
+        return made[-1]
+
+    monkeypatch.setattr(runner._Run, "_process", process)
+    if "sleep" in words:
+        left = iter([0.5])
+        monkeypatch.setattr(runner._Run, "_left_s", lambda _: next(left, 60.0))
+    summary = runs(devices=["a", "b"], fresh=True, only=["plain-s1", "steps-64"])
+    assert asked == [("a", "compile")]
+    assert set(summary.finished) == {"plain-s1", "steps-64"}
+    assert made[0].returncode is not None
+    assert ("NOT COMPILED" in capsys.readouterr().out) == (words != "sys.exit()")
+    assert runs(fresh=True, only=["plain-s1"]) == Summary() and len(asked) == 1, "nothing to run, nothing to compile"
 
 
 def test_one_process_for_each_gpu(runs: Runs):

@@ -101,6 +101,15 @@ def test_so_many_may_be_left_out():
         guard.look(3, bad)
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_isolated_documents_may_have_been_too_many(isolated: bool):
+    bad = measured(math.nan, applied=False, norms=(1.0, math.nan))
+    with pytest.raises(DivergedError) as error:
+        Guard(GuardConfig(max_skips=0), LANES, isolated=isolated).look(0, bad)
+    assert ("more of them than FlashAttention has room for" in str(error.value)) == isolated
+    assert str(error.value).endswith("set run.attention=flex or sdpa") == isolated
+
+
 def fed(action: str, losses: list[float]) -> Guard:
     guard = Guard(GuardConfig(max_skips=1, spike_factor=1.5, spike_window=20, spike_action=action), LANES)
     for step, loss in enumerate(losses):

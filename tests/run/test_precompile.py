@@ -1,6 +1,8 @@
 """What a run's kernels are compiled with beforehand, on a machine that has none of the libraries: with stand-ins."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +102,36 @@ def test_it_is_done_once(tmp_path: Path, monkeypatch):
         assert precompile(replace(SMALL, **other), "triton", context, tmp_path) is not None, other
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert precompile(SMALL, "triton", context, tmp_path) is not None
+
+
+def test_two_runs_at_once_do_it_once(tmp_path: Path, monkeypatch):
+    """The second waits for the first, and then finds it done."""
+    calls: list[int] = []
+
+    def run_workers(*_: object) -> list[str]:
+        calls.append(1)
+        time.sleep(0.3)  # without a lock the other one would begin now
+        return []
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(module, "_PRODUCTS", "triton")
+    monkeypatch.setattr(module, "run_workers", run_workers)
+    context = Context(device=torch.device("cuda:0"))
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(precompile, SMALL, "triton", context, tmp_path) for _ in range(2)]
+        took_s = [run.result() for run in runs]
+    assert len(calls) == 1
+    assert all(seconds is not None and seconds > 0.2 for seconds in took_s)
+
+
+def test_without_a_place_to_write_it_is_done_all_the_same(tmp_path: Path, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(module, "_PRODUCTS", "triton")
+    monkeypatch.setattr(module, "run_workers", lambda *_: calls.append(1) or [])
+    (tmp_path / "file").touch()
+    assert precompile(SMALL, "triton", Context(device=torch.device("cuda:0")), tmp_path / "file" / "folder") is not None
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(("products", "device"), [(None, "cuda:0"), ("triton", "cuda:0"), ("quack", "cpu")])

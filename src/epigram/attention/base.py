@@ -40,6 +40,12 @@ ORACLE = "reference"
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
+TOO_MANY_DOCUMENTS = (
+    "documents are isolated and a batch has more of them than FlashAttention has room for (one a row, 64, and one for "
+    "each 128 tokens)"
+)
+"""What else can be wrong where a loss is NaN; see `epigram.attention._flash`."""
+
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 """What the kernels for tensor cores are written for."""
 

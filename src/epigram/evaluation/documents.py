@@ -69,11 +69,16 @@ def document_parts(
     seq_len: int,
     device: torch.device,
     pace: Pace | None = None,
+    *,
+    filler: int,
 ) -> Iterator[Part]:
-    """The losses of `batches`, a rank's share, chunk after chunk; what goes on is learned when its losses are out."""
+    """The losses of `batches`, a rank's share, chunk after chunk; what goes on is learned when its losses are out.
+
+    filler: what rows read behind the end of their documents, a token that begins none: attention keeps so many apart.
+    """
     total, done = sum(work(batch, config, seq_len) for batch in batches), 0
     for batch in batches:
-        yield from _read(nll, tokens, batch, adapter, config.chunk_tokens, seq_len, device)
+        yield from _read(nll, tokens, batch, adapter, config.chunk_tokens, seq_len, device, filler)
         done += work(batch, config, seq_len)
         if pace is not None:
             pace(done / total)
@@ -95,22 +100,21 @@ def _read(
     chunk: int,
     seq_len: int,
     device: torch.device,
+    filler: int,
 ) -> Iterator[Part]:
     start, lengths = batch[:, 0], batch[:, 1] - batch[:, 0]
     adapter.begin(len(batch))
     for begin in range(0, int(lengths[0]), chunk):
         rows, end = int((lengths > begin).sum()), begin + chunk  # the longest come first
-        # Windows depend on the chunk alone: how long a document will be must not show. What lies behind its end fills
-        # the last chunk up: no earlier position sees it.
+        # Windows depend on the chunk alone: how long a document will be must not show. Fillers complete the last
+        # chunk: no earlier position sees them.
         first = max(end - seq_len, 0)
-        places = start[:rows, None] + np.arange(first, end + 1)
-        window = tokens[np.minimum(places, start[:rows, None] + lengths[:rows, None])]
-        ids = torch.from_numpy(window.astype(np.int64)).to(device)
+        places, last = np.arange(first, end + 1), lengths[:rows, None]
+        window = tokens[start[:rows, None] + np.minimum(places, last)]
+        inputs = np.where(places[:-1] < last, window[:, :-1], filler)
+        ids, targets = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (inputs, window[:, 1:]))
         with torch.no_grad():
-            losses = nll(
-                ids[:, :-1].contiguous(), ids[:, 1:].contiguous(),
-                rope_len=seq_len, last=chunk, lora=adapter.factors(rows),
-            )  # fmt: skip
+            losses = nll(ids, targets, rope_len=seq_len, last=chunk, lora=adapter.factors(rows))
         count = np.minimum(lengths[:rows] - begin, chunk)
         scored = torch.arange(chunk, device=device) < torch.from_numpy(count).to(device)[:, None]
         yield Part(losses, scored, start[:rows] + begin, int(count.sum()))

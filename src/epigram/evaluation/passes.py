@@ -163,8 +163,9 @@ def _read_segments(
     rows, skipped = _rows(part, size)
     start, from_here = part.start[rows], _to_device(skipped, device)[:, None]
     for begin in range(0, part.length, chunk):
-        # What lies behind a segment's end fills its last chunk up: no earlier position sees it.
-        places = np.minimum(start[:, None] + begin + np.arange(chunk + 1), len(tokens) - 1)
+        # What lies behind a segment's end fills its last chunk up, behind the text's its beginning: no earlier position
+        # sees it. (The last token again and again could be as many documents, and attention keeps only so many apart.)
+        places = (start[:, None] + begin + np.arange(chunk + 1)) % len(tokens)
         window = _to_device(tokens[places].astype(np.int64), device)
         position = torch.arange(begin, begin + chunk, device=device)
         scored = (position >= from_here) & (position < part.length)

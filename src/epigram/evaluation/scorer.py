@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from epigram.attention.base import TOO_MANY_DOCUMENTS
 from epigram.byte_tables import ByteTables
 from epigram.errors import UserError
 from epigram.evaluation.adapt import Adapter, chunks
@@ -84,7 +85,10 @@ def token_nlls(
     adapter: Adapter | None = None,
     chunk_tokens: int = 0,
 ) -> NDArray[np.float32]:
-    """Loss of each target of `tokens` in nats, float32 (n,), by `method`; their sum is that of `score`."""
+    """Loss of each target of `tokens` in nats, float32 (n,), by `method`; their sum is that of `score`.
+
+    Raises UserError when one is not a finite number.
+    """
     num_targets = len(tokens) - 1
     found, times = np.zeros(num_targets, np.float32), np.zeros(num_targets, np.int64)
     groups = _groups(method.plan(num_targets), adapter, chunk_tokens)
@@ -95,7 +99,16 @@ def token_nlls(
             np.add.at(times, targets, 1)
     if len(wrong := np.flatnonzero(times != 1)):
         raise MiscountError(f"token {int(wrong[0]) + 1} is scored {int(times[wrong[0]])} times")
+    _require_finite(float(found.sum(dtype=np.float64)))
     return found
+
+
+def _require_finite(nats: float) -> None:
+    if not np.isfinite(nats):
+        raise UserError(
+            f"the model's loss is {nats}, so it has no score: its weights are damaged, training diverged, or "
+            f"{TOO_MANY_DOCUMENTS}: then lower batch_tokens (--batch-tokens, in a recipe score.batch_tokens)"
+        )
 
 
 def _groups(plan: WindowPlan, adapter: Adapter | None, chunk_tokens: int) -> list[WindowPlan]:
@@ -153,8 +166,7 @@ def as_score(sums: Tensor, whole: tuple[int, int] | None) -> Score:
     Raises UserError when a loss is not a finite number, MiscountError when tokens or bytes are not those.
     """
     nats, tokens, num_bytes = sums.tolist()
-    if not np.isfinite(nats):
-        raise UserError(f"the model's loss is {nats}, so it has no score: its weights are damaged or training diverged")
+    _require_finite(nats)
     found = Score(nats, round(tokens), round(num_bytes))
     if whole is not None:
         if found.tokens != whole[0]:

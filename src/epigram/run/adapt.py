@@ -164,7 +164,10 @@ class Adaptation:
             lora_shapes(model.config), model.config.num_layers, model.nll, config, method.seq_len, device
         )
         with attention_for_eager(model, self.context):
-            yield from document_parts(model.nll, tokens, batches, adapter, config, method.seq_len, device, pace)
+            yield from document_parts(
+                model.nll, tokens, batches, adapter, config, method.seq_len, device, pace,
+                filler=int(self.bos_id == 0),
+            )  # fmt: skip
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epigram.attention.base import TOO_MANY_DOCUMENTS
 from epigram.config import GuardConfig
 from epigram.data.lanes import Lane
 from epigram.errors import UserError
@@ -53,11 +54,11 @@ def verdict(losses: Tensor, norms: Tensor, norm: Tensor, limit: float) -> Tensor
 class Guard:
     """The host's side: which loss is a spike, what was left out so far, and when that is too much.
 
-    skipped: steps left out.
+    skipped: steps left out. isolated: the model keeps documents apart, which attention may have no room for.
     """
 
-    def __init__(self, config: GuardConfig, lanes: Sequence[Lane]) -> None:
-        self._config, self._lanes = config, tuple(lanes)
+    def __init__(self, config: GuardConfig, lanes: Sequence[Lane], *, isolated: bool = False) -> None:
+        self._config, self._lanes, self._isolated = config, tuple(lanes), isolated
         self._losses: list[tuple[int, float]] = []
         self.skipped = 0
 
@@ -82,9 +83,11 @@ class Guard:
         stop = self.skipped > self._config.max_skips or (finite and self._config.spike_action == "stop")
         if not stop:
             return f"warning: step {step + 1} {what}: left out, {self.skipped} of at most {self._config.max_skips}"
+        crowded = f"; or {TOO_MANY_DOCUMENTS}: then set run.attention=flex or sdpa"
         raise DivergedError(
             f"step {step + 1} {what}; the update was not made: lower the learning rates (optim.muon.lr_early, "
             "lr_late), look for damaged data, or allow some such steps (guard.max_skips)"
+            + (crowded if self._isolated and math.isnan(measured.loss) else "")
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 quack and flash-attn-4 compile each kernel when it is first called, for seconds, and keep it on disk. So before a run
 first needs them on a machine, a few processes each call some of them on small made-up tensors; the run then loads what
 they left. A mark in the cache folder says that this was done, for these versions and shapes on this kind of GPU, and
-the next run starts no process. Nothing depends on it: what is missing is compiled when it is called.
+the next run starts no process; one that starts meanwhile waits. Nothing depends on it: what is missing is compiled
+when it is called.
 """
 
 import hashlib
@@ -14,8 +15,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -64,6 +65,30 @@ def _once(model: ModelConfig, device: torch.device, folder: Path) -> float | Non
     if mark.exists():
         return None
     start_s = time.perf_counter()
+    with _one_at_a_time(folder):
+        if not mark.exists():  # else another run did it in the meantime
+            _compile(model, device, mark)
+    return time.perf_counter() - start_s
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Other runs on this machine wait: together they would only take each other's processors.
+
+    Nobody waits where there is nothing to write to or to lock.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl  # POSIX only
+
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(model: ModelConfig, device: torch.device, mark: Path) -> None:
     names = list(tasks(model, device))
     count = max(1, min(len(names), _MOST_WORKERS, (os.cpu_count() or 2) // 2))
     complaints = run_workers([names[i::count] for i in range(count)], model, str(device))
@@ -71,9 +96,8 @@ def _once(model: ModelConfig, device: torch.device, folder: Path) -> float | Non
         warnings.warn(f"kernels could not be compiled beforehand, the run does it itself: {complaint}", stacklevel=2)
     if not complaints:
         with suppress(OSError):  # without the mark the next run does it again
-            folder.mkdir(parents=True, exist_ok=True)
+            mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-    return time.perf_counter() - start_s
 
 
 def run_workers(shares: list[list[str]], model: ModelConfig, device: str) -> list[str]:

@@ -119,7 +119,7 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
             vocab_size=config.model.vocab_size,
         ),
         clock=make_clock(config.budget),
-        guard=Guard(config.guard, config.flat_lanes),
+        guard=Guard(config.guard, config.flat_lanes, isolated=config.model.isolated),
         saver=Saver(context),
     )
 

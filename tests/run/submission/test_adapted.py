@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from record_helpers import ABOUT, CAP
 from run_helpers import python_alone, result_of, train_run
 
 from epigram.evaluation.adapt import SgdAdapter
-from epigram.run import adapt
+from epigram.run import adapt, weights
 from epigram.run.submission import conditions
 from epigram.run.submission.check import check
 from epigram.run.submission.folder import submit
@@ -58,6 +60,14 @@ def test_check_names_it_and_tests_how_it_learns(record: Path) -> None:
     found = findings(record)
     assert set(found) == {"score.adapted", "run.untested", "significance.seeds"}
     assert "while the model learns (sgd)" in found["score.adapted"]
+
+
+def test_a_log_that_claims_what_cannot_be_is_found_and_not_a_crash(run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(conditions, "load_model", lambda *arguments: replace(load(*arguments), tokenizer=without))
+    load = weights.load_model
+    without = Mock(wraps=load(run / "model.epigram", "cpu").tokenizer, bos_id=-1)
+    (finding,) = conditions.probe(run / "model.epigram", "lora")
+    assert finding.rule == "condition.released" and "the tokenizer has none" in finding.message
 
 
 def test_an_adapted_score_alone_is_warned_about(record: Path, monkeypatch) -> None:

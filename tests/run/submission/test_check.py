@@ -1,5 +1,6 @@
 """`epigram check`: nothing is found in what submit made, and each broken folder gives the finding that it should."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,12 +11,15 @@ import torch
 from record_helpers import CAP
 
 from epigram.errors import UserError
+from epigram.model import gpt
+from epigram.model.gpt import GPT
 from epigram.run import probe
 from epigram.run.setup import Losses
 from epigram.run.submission import conditions, rules
 from epigram.run.submission.check import check
 from epigram.run.submission.findings import RULES
 from epigram.run.submission.rules import Limits
+from epigram.run.weights import load_model
 
 LIMITS = Limits(cap_bytes=CAP)
 
@@ -234,6 +238,10 @@ def test_a_loss_that_is_no_distribution(good: Path, monkeypatch):
     assert "condition.normalised" in probe_with(good, monkeypatch, lambda *a: 0.9 * honest(*a))
 
 
+def test_a_loss_that_is_no_number_is_found_and_not_a_crash(good: Path, monkeypatch):
+    assert probe_with(good, monkeypatch, lambda *a: torch.nan * honest(*a)) == {"condition.normalised"}
+
+
 def test_a_scorer_that_counts_twice(good: Path, monkeypatch):
     real = probe.score
 
@@ -244,6 +252,21 @@ def test_a_scorer_that_counts_twice(good: Path, monkeypatch):
 
     monkeypatch.setattr(probe, "score", twice)
     assert {f.rule for f in conditions.probe(good / "model_seed1.epigram")} == {"condition.once"}
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_documents_that_are_not_apart_as_the_file_promises(good: Path, monkeypatch, leaks: bool):
+    def isolated(path: Path, device: str):
+        model = load_model(path, device)
+        apart = GPT(dataclasses.replace(model.gpt.config, documents="isolated"))
+        apart.load_state_dict(model.gpt.state_dict())
+        return dataclasses.replace(model, gpt=apart.requires_grad_(False))
+
+    monkeypatch.setattr(conditions, "load_model", isolated)
+    if leaks:
+        monkeypatch.setattr(gpt, "within", lambda attend, reach: attend)
+    found = [(f.rule, f.severity) for f in conditions.probe(good / "model_seed1.epigram")]
+    assert found == ([("condition.isolated", "error")] if leaks else [])
 
 
 def test_a_damaged_artifact(record: Path):

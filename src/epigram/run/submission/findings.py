@@ -37,6 +37,7 @@ RULES = {
     "condition.prefix": (ERROR, "a prediction may depend on the artifact and the tokens before it only"),
     "condition.normalised": (ERROR, "the probabilities of all tokens at a place must sum to one"),
     "condition.once": (ERROR, "score every token of the split exactly once"),
+    "condition.isolated": (ERROR, "let nothing cross the start of a document, or do not promise it (model.documents)"),
     "condition.released": (ERROR, "a score may depend on what was learned from scored tokens, and on no others"),
     "condition.untested": (NOTE, "put the artifacts into the folder (epigram submit does) to have them probed"),
     "significance.seeds": (WARNING, "three seeds or more are expected of a record"),
