@@ -226,7 +226,8 @@ def _write_beside(
     if is_main:
         for leftover in (run / FOLDER).glob(".writing-*"):
             shutil.rmtree(leftover)
-    # The writer makes its folder when the first process plans. It has one thread: what goes wrong in further ones,
+    # Each process makes the folder if it is not there, and writes when all have planned: the first one, which may
+    # remove another's, has made its own by then. The writer has one thread: what goes wrong in further ones,
     # torch drops in silence.
     writer = HuggingFaceStorageWriter(str(_beside(run, step)), save_distributed=True, thread_count=1)
     writer.per_thread_copy_ahead = 0  # else it waits for the stream of the device, on which training goes on
