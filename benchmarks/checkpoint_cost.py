@@ -1,4 +1,4 @@
-"""What background checkpoints cost: `python benchmarks/checkpoint_cost.py [RECIPE] [--seconds 40] [--every-s 60]`.
+"""What background checkpoints cost one process: `python benchmarks/checkpoint_cost.py [RECIPE] [--seconds 40]`.
 
 Takes real steps on made-up tokens in pairs of blocks of equally many steps. At the start of one block of each pair the
 whole state is copied to the host and a checkpoint of it is written while the steps go on; the order changes from pair
