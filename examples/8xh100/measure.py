@@ -11,7 +11,8 @@ Parts, in this order; all of them unless some are named:
 Each part writes FOLDER/PART.json and prints it; a part that fails does not stop the others. Runs lie in FOLDER too. The
 same works on a CPU with a small recipe:
 
-    python examples/8xh100/measure.py --recipe smoke --gpus 2 --device cpu --steps 8 --out /tmp/rehearsal
+    python examples/8xh100/measure.py --recipe smoke --gpus 2 --device cpu --steps 8 --seconds 8 \\
+        --set budget.calibrate_s=1 --out rehearsal
 """
 
 import argparse
@@ -93,8 +94,7 @@ def step(machine: Machine) -> dict[str, Any]:
 
 def whole(machine: Machine) -> dict[str, Any]:
     options = machine.options
-    timed = () if options.recipe == "smoke" else (f"budget.train_s={options.seconds}",)
-    machine.run(machine.train("whole", options.gpus, *timed, until="export"))
+    machine.run(machine.train("whole", options.gpus, f"budget.train_s={options.seconds}", until="export"))
     return machine.result("whole")
 
 

@@ -86,7 +86,7 @@ def test_what_eight_gpus_would_measure(data_path: Path, tmp_path: Path):
     """Every part, with two processes on a CPU."""
     command = [sys.executable, str(MEASURE), "--recipe", "smoke", "--gpus", "2", "--device", "cpu", "--steps", "4"]
     command += ["--seconds", "4", "--settle-s", "1", "--data", str(data_path), "--out", str(tmp_path / "measured")]
-    settings = ('score.methods=["blocks"]', "run.sample_tokens=0")
+    settings = ("budget.calibrate_s=1", 'score.methods=["blocks"]', "run.sample_tokens=0")
     command += [part for setting in settings for part in ("--set", setting)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                           timeout=TIMEOUT_S, check=False)  # fmt: skip

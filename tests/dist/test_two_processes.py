@@ -50,6 +50,13 @@ def run_two(script: str, folder: Path, *arguments: str, num_processes: int = 2) 
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
+def train_two(script: str, folder: Path, data_path: Path, run: Path) -> list[tuple[int, str, str]]:
+    """`run_two` of a script that trains four lanes for some steps, into `run`."""
+    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
+    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
+    return run_two(script, folder, *arguments)
+
+
 def test_what_processes_tell_each_other(tmp_path: Path):
     script = """
         import torch
@@ -180,9 +187,7 @@ def test_a_folder_that_one_cannot_use_ends_both(data_path: Path, finished: Path,
         from epigram.cli.main import main
         main()
     """
-    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
-    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(finished), "--device", "cpu", *settings)
-    (first, _, said), (second, _, also_said) = run_two(script, tmp_path, *arguments)
+    (first, _, said), (second, _, also_said) = train_two(script, tmp_path, data_path, finished)
     assert (first, second) == (2, 2)
     assert said.startswith("epigram: rank 0: ")
     assert "is not empty" in said
@@ -211,10 +216,8 @@ def test_a_loss_that_is_no_number_on_one_ends_both_in_that_step(data_path: Path,
         train.train_step = poisoned
         main()
     """
-    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
     run = tmp_path / "run"
-    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
-    found = run_two(script, tmp_path, *arguments)
+    found = train_two(script, tmp_path, data_path, run)
     assert seconds_since_fault(tmp_path) < MOST_S
     assert [code for code, _, _ in found] == [2, 2]
     said = "".join(errors for _, _, errors in found)
@@ -246,10 +249,8 @@ def test_a_bit_that_flips_in_one_process_stops_both(data_path: Path, tmp_path: P
         train.train_step = flipped
         main()
     """
-    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
     run = tmp_path / "run"
-    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
-    found = run_two(script, tmp_path, *arguments)
+    found = train_two(script, tmp_path, data_path, run)
     assert seconds_since_fault(tmp_path) < MOST_S
     assert [code for code, _, _ in found] == [2, 2]
     said = "".join(errors for _, _, errors in found)
@@ -297,10 +298,8 @@ def test_what_befalls_one_process_ends_all_with_one_message(data_path: Path, tmp
         train.train_step = faulty
         main()
     """
-    settings = [argument for setting in (*SHORT, *FOUR_LANES) for argument in ("--set", setting)]
     run = tmp_path / "run"
-    arguments = ("train", "smoke", "--data", str(data_path), "--out", str(run), "--device", "cpu", *settings)
-    (first, _, said), (second, _, also_said) = run_two(script, tmp_path, *arguments)
+    (first, _, said), (second, _, also_said) = train_two(script, tmp_path, data_path, run)
     assert seconds_since_fault(tmp_path) < MOST_S
     assert (first, second) == (2, code)
     if message is not None:
