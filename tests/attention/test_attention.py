@@ -1,9 +1,12 @@
 """Every backend of the folder against the oracle, forward and backward; the closed-form tile map."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
+from torch._inductor.ir import ExternKernel
+from torch._inductor.lowering import lowerings
 
 from epigram import plugin
 from epigram.attention import flex, reference, sdpa
@@ -183,3 +186,31 @@ def test_tile_map_equals_the_mask(length: int, window: int, before: int, apart: 
                 assert bool(tile.any()) == bool(partial[row, column] | full[row, column])
                 if full[row, column]:
                     assert bool(tile.all())
+
+
+@pytest.mark.parametrize("length", [300, 1100])
+@pytest.mark.parametrize("window", [0, 512])
+def test_the_compiler_lays_out_tiles_as_the_kernels_of_flex_read_them(
+    length: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They step from sequence to sequence by the stride of the heads' axis, though it has one entry.
+
+    The kernel for CPUs steps by the right one, so that here only strides can be compared.
+    """
+    seen = []
+
+    def lower(query, key, value, subgraph, block_mask, *others):
+        for tiles in block_mask[2:10]:
+            laid_out = ExternKernel.realize_input(tiles)
+            seen.append(([int(n) for n in laid_out.get_size()], [int(n) for n in laid_out.get_stride()]))
+        raise RuntimeError("seen")  # there is nothing to generate and compile then
+
+    monkeypatch.setitem(lowerings, torch.ops.higher_order.flex_attention, lower)
+    attend = torch.compile(lambda q, k, v, reach: flex.attend.within(reach)(q, k, v, window), dynamic=False)
+    with torch.no_grad(), pytest.raises(Exception, match="seen"):
+        attend(*(torch.randn(3, length, 2, 16) for _ in range(3)), documents(3, length))
+    assert len(seen) == 8
+    for sizes, strides in seen:
+        assert sizes[:2] == [3, 1]
+        contiguous = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+        assert strides == contiguous, (sizes, strides)

@@ -75,8 +75,8 @@ def block_mask(
         touched = touched & (right >= first - window)
         full = full & (left >= last - window)
     if reach is not None:
-        first_reach = reach[:, ::_TILE, None]  # of the first query of each row of tiles, (B, rows, 1)
-        last_reach = reach.index_select(1, (last[:, 0] - offset))[..., None]
+        first_reach = reach[:, None, ::_TILE, None]  # of the first query of each row of tiles, (B, 1, rows, 1)
+        last_reach = reach.index_select(1, (last[:, 0] - offset))[:, None, :, None]
         touched = touched & (right >= first - first_reach)
         full = full & (left >= last - last_reach)
     partial = touched & ~full
@@ -92,9 +92,11 @@ def block_mask(
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Number of chosen tiles in each row, and their columns first: (B, 1, rows) and (B, 1, rows, columns) int32.
 
-    tiles: (rows, columns), the same for all sequences, or (B, rows, columns).
+    tiles: (rows, columns), the same for all sequences, or (B, 1, rows, columns). The axis of the heads is there before
+    anything is computed: the kernel steps from one sequence to the next by that axis's stride, which the compiler makes
+    0 where a view adds the axis to what is computed: all sequences would get the first one's columns.
     """
-    tiles = tiles if tiles.dim() == 3 else tiles[None]
+    tiles = tiles if tiles.dim() == 4 else tiles[None, None]
     count = tiles.sum(-1, dtype=torch.int32)
     order = torch.argsort(tiles.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return count[:, None], order[:, None]
+    return count, order
