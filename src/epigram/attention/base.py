@@ -25,6 +25,7 @@ in the order of `epigram.capability`.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -97,6 +98,20 @@ def expand_heads(k: Tensor, num_heads: int) -> Tensor:
     """Repeat key/value heads for grouped attention: (B, T, K, D) -> (B, T, H, D)."""
     groups = num_heads // k.shape[2]
     return k if groups == 1 else k.repeat_interleave(groups, dim=2)
+
+
+def with_documents(attend: Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]) -> Attend:
+    """A backend's `attend`, and its `within`, of one function that takes the documents' `reach` last, None without."""
+
+    @wraps(attend)
+    def whole(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return attend(q, k, v, window, None)
+
+    def within(reach: Tensor) -> Attend:
+        return lambda q, k, v, window: attend(q, k, v, window, reach)
+
+    whole.within = within  # type: ignore[attr-defined]
+    return whole
 
 
 def within(attend: Attend, reach: Tensor | None) -> Attend:

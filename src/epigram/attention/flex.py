@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from epigram.attention.base import Attend, Request
+from epigram.attention.base import Request, with_documents
 
 _TILE = 128
 
@@ -27,20 +27,9 @@ def check(request: Request) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+@with_documents
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     """See `epigram.attention.base`."""
-    return _attend(q, k, v, window, None)
-
-
-def within(reach: Tensor) -> Attend:
-    """See `epigram.attention.base`."""
-    return lambda q, k, v, window: _attend(q, k, v, window, reach)
-
-
-attend.within = within  # type: ignore[attr-defined]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     mask = block_mask(q.shape[1], k.shape[1], window, q.device, reach)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

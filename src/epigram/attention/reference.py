@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from epigram.attention.base import Attend, Request, band_mask, expand_heads
+from epigram.attention.base import Request, band_mask, expand_heads, with_documents
 
 
 def check(request: Request) -> str | None:
@@ -11,20 +11,9 @@ def check(request: Request) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+@with_documents
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     """See `epigram.attention.base`."""
-    return _attend(q, k, v, window, None)
-
-
-def within(reach: Tensor) -> Attend:
-    """See `epigram.attention.base`."""
-    return lambda q, k, v, window: _attend(q, k, v, window, reach)
-
-
-attend.within = within  # type: ignore[attr-defined]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = (expand_heads(x, q.shape[2]).to(wide) for x in (k, v))
     logits = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) * q.shape[-1] ** -0.5

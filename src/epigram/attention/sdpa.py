@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from epigram.attention.base import HALF_PRECISIONS, Attend, Request, band_mask, expand_heads
+from epigram.attention.base import HALF_PRECISIONS, Request, band_mask, expand_heads, with_documents
 
 # Not cuDNN: given a mask, its backward may return NaN at lengths that leave 64 when divided by 128 (torch issue
 # 196678).
@@ -23,20 +23,9 @@ def check(request: Request) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+@with_documents
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     """See `epigram.attention.base`."""
-    return _attend(q, k, v, window, None)
-
-
-def within(reach: Tensor) -> Attend:
-    """See `epigram.attention.base`."""
-    return lambda q, k, v, window: _attend(q, k, v, window, reach)
-
-
-attend.within = within  # type: ignore[attr-defined]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     num_queries = q.shape[1]
     reach = None if reach is None else reach[:, -num_queries:]
     if window and k.shape[1] > num_queries + window:  # keys before every query's window
