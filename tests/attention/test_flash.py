@@ -178,18 +178,14 @@ def test_the_compiler_traces_through(backend, apart):
 def test_fake_implementations_are_right(backend):
     """Shapes, strides, dtypes, registered gradients and what is mutated, by torch's own checker."""
     name = backend.__name__.rsplit(".", 1)[-1]
-    ops = getattr(torch.ops.epigram, f"{name}_forward"), getattr(torch.ops.epigram, f"{name}_backward")
+    forward, backward = (getattr(torch.ops.epigram, f"{name}_{way}") for way in ("forward", "backward"))
     inputs = [x.detach().requires_grad_() for x in packed()[1]]
-    torch.library.opcheck(ops[0], (*inputs, 5))
-    q, k, v = (x.detach() for x in inputs)
-    out, lse = ops[0](q, k, v, 5)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops[1], (q, k, v, out, lse, out, 5), test_utils=tests)
-    ops = getattr(torch.ops.epigram, f"{name}_varlen_forward"), getattr(torch.ops.epigram, f"{name}_varlen_backward")
-    starts = _flash.segments(DOCUMENTS, 37)
-    torch.library.opcheck(ops[0], (*inputs, 5, *starts))
-    out, lse = ops[0](q, k, v, 5, *starts)
-    torch.library.opcheck(ops[1], (q, k, v, out, lse, out, 5, *starts[:2]), test_utils=tests)
+    for starts in ((None, None, None), _flash.segments(DOCUMENTS, 37)):
+        torch.library.opcheck(forward, (*inputs, 5, *starts))
+        q, k, v = (x.detach() for x in inputs)
+        out, lse = forward(q, k, v, 5, *starts)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(backward, (q, k, v, out, lse, out, 5, *starts[:2]), test_utils=tests)
 
 
 def request_of(capability=(9, 0), **changes) -> Request:

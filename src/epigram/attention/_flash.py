@@ -11,7 +11,7 @@ odd text needs, and what is left of it stands at the end: documents without toke
 that gives NaN, which no run and no score lets pass, and never a wrong number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,12 +21,17 @@ from epigram.attention.base import Attend
 
 _ALIGNMENT_BYTES = 16  # of the first element and of every row: what the GPU's bulk copies need
 
-Forward = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(q, k, v, window) -> out, lse."""
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+"""What both libraries call where sequences of different lengths begin, and how long the longest is."""
 
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, Tensor], None]
-"""(q, k, v, out, lse, grad of out, window, dq, dk, dv): fills the last three."""
+Lengths = Mapping[str, Tensor | int]
+"""Arguments by the names of LENGTHS; none where each row is one sequence."""
 
+Forward = Callable[[Tensor, Tensor, Tensor, int, Lengths], tuple[Tensor, Tensor]]
+"""(q, k, v, window, lengths) -> out, lse. With lengths, rows lie behind each other: q (B T, H, D), lse (H, B T)."""
+
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, Tensor, Lengths], None]
+"""(q, k, v, out, lse, grad of out, window, dq, dk, dv, lengths): fills dq, dk and dv."""
 
 _SPARE, _SHORTEST = 64, 128  # documents that a batch may have: 64, and one for each 128 tokens
 
@@ -67,118 +72,51 @@ def segments(reach: Tensor, num_keys: int) -> Segments:
     return Segments(starts_q, starts_k, excess)
 
 
-VarlenForward = Callable[..., tuple[Tensor, Tensor]]
-"""(q, k, v, window, starts_q, starts_k, longest_q, longest_k) -> out, lse: q (N, H, D), lse (H, N)."""
-
-VarlenBackward = Callable[..., None]
-"""(q, k, v, out, lse, grad of out, window, dq, dk, dv, starts_q, starts_k, longest_q, longest_k)."""
-
-
-def register(
-    name: str,
-    forward_kernel: Forward,
-    backward_kernel: Backward,
-    varlen_forward_kernel: VarlenForward,
-    varlen_backward_kernel: VarlenBackward,
-) -> Attend:
+def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> Attend:
     """The operators epigram::{name}_forward and _backward around two kernels, and the `attend` that calls them.
-
-    Two more, epigram::{name}_varlen_forward and _backward, are for documents that are kept apart (`attend.within`).
 
     The kernels get inputs and outputs whose last dimension is contiguous and whose rows are aligned to 16 bytes; views
     that are so already are passed on as they are, without a copy.
     """
 
     @torch.library.custom_op(f"epigram::{name}_forward", mutates_args=())
-    def forward_op(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        return forward_kernel(aligned(q), aligned(k), aligned(v), window)
+    def forward_op(
+        q: Tensor, k: Tensor, v: Tensor, window: int,
+        starts_q: Tensor | None, starts_k: Tensor | None, excess: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        lengths = _lengths(q, k, starts_q, starts_k)
+        shape = q.shape
+        q, k, v = (aligned(_rows(x, lengths)) for x in (q, k, v))
+        out, lse = forward_kernel(q, k, v, window, lengths)
+        if excess is not None:
+            out[..., :1] += excess  # one channel of each head reaches all that comes after
+        return out.view(shape), lse
 
     @forward_op.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    def _(
+        q: Tensor, k: Tensor, v: Tensor, window: int,
+        starts_q: Tensor | None, starts_k: Tensor | None, excess: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, length, heads, _ = q.shape
-        return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+        lse_shape = (batch, heads, length) if starts_q is None else (heads, batch * length)
+        return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
     @torch.library.custom_op(f"epigram::{name}_backward", mutates_args=())
     def backward_op(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        backward_kernel(aligned(q), aligned(k), aligned(v), aligned(out), lse, aligned(grad), window, dq, dk, dv)
-        return dq, dk, dv
-
-    @backward_op.register_fake
-    def _(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, window = inputs
-        ctx.save_for_backward(q, k, v, *output)
-        ctx.window = window  # type: ignore[attr-defined]
-
-    def gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward_op(*ctx.saved_tensors, grad, ctx.window), None  # type: ignore[attr-defined]
-
-    forward_op.register_autograd(gradient, setup_context=save)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        return forward_op(q, k, v, window)[0]
-
-    varlen = _register_varlen(name, varlen_forward_kernel, varlen_backward_kernel)
-
-    def within(reach: Tensor) -> Attend:
-        known: dict[tuple[int, int], Segments] = {}  # by the numbers of queries and keys, in which layers may differ
-
-        def attend_within(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-            sizes = q.shape[1], k.shape[1]
-            if sizes not in known:
-                known[sizes] = segments(reach[:, -sizes[0] :], sizes[1])
-            return varlen(q, k, v, window, *known[sizes])
-
-        if hasattr(attend, "equal_heads"):
-            attend_within.equal_heads = attend.equal_heads  # type: ignore[attr-defined]
-        return attend_within
-
-    attend.within = within  # type: ignore[attr-defined]
-    return attend
-
-
-def _register_varlen(
-    name: str, forward_kernel: VarlenForward, backward_kernel: VarlenBackward
-) -> Callable[..., Tensor]:
-    """(q, k, v, window, starts_q, starts_k, excess) -> out, with rows (B, T, heads, D) as everywhere."""
-
-    @torch.library.custom_op(f"epigram::{name}_varlen_forward", mutates_args=())
-    def forward_op(
-        q: Tensor, k: Tensor, v: Tensor, window: int, starts_q: Tensor, starts_k: Tensor, excess: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = forward_kernel(*map(_flat, (q, k, v)), window, starts_q, starts_k, q.shape[1], k.shape[1])
-        out[..., :1] += excess  # one channel of each head reaches all that comes after
-        return out.view(q.shape), lse
-
-    @forward_op.register_fake
-    def _(
-        q: Tensor, k: Tensor, v: Tensor, window: int, starts_q: Tensor, starts_k: Tensor, excess: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
-
-    @torch.library.custom_op(f"epigram::{name}_varlen_backward", mutates_args=())
-    def backward_op(
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-        starts_q: Tensor, starts_k: Tensor,
+        starts_q: Tensor | None, starts_k: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        lengths = _lengths(q, k, starts_q, starts_k)
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        backward_kernel(
-            *map(_flat, (q, k, v, out)), lse, _flat(grad), window, *(x.flatten(0, 1) for x in (dq, dk, dv)),
-            starts_q, starts_k, q.shape[1], k.shape[1],
-        )  # fmt: skip
+        q, k, v, out, grad = (aligned(_rows(x, lengths)) for x in (q, k, v, out, grad))
+        to_fill = _rows(dq, lengths), _rows(dk, lengths), _rows(dv, lengths)  # views: the gradients are contiguous
+        backward_kernel(q, k, v, out, lse, grad, window, *to_fill, lengths)
         return dq, dk, dv
 
     @backward_op.register_fake
     def _(
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-        starts_q: Tensor, starts_k: Tensor,
+        starts_q: Tensor | None, starts_k: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -194,16 +132,36 @@ def _register_varlen(
 
     forward_op.register_autograd(gradient, setup_context=save)
 
-    def attend(*arguments: Tensor | int) -> Tensor:
-        found: Tensor = forward_op(*arguments)[0]
-        return found
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return forward_op(q, k, v, window, None, None, None)[0]
 
+    def within(reach: Tensor) -> Attend:
+        known: dict[tuple[int, int], Segments] = {}  # by the numbers of queries and keys, in which layers may differ
+
+        def attend_within(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+            sizes = q.shape[1], k.shape[1]
+            if sizes not in known:
+                known[sizes] = segments(reach[:, -sizes[0] :], sizes[1])
+            return forward_op(q, k, v, window, *known[sizes])[0]
+
+        if hasattr(attend, "equal_heads"):
+            attend_within.equal_heads = attend.equal_heads  # type: ignore[attr-defined]
+        return attend_within
+
+    attend.within = within  # type: ignore[attr-defined]
     return attend
 
 
-def _flat(x: Tensor) -> Tensor:
-    """(B, T, heads, D) to (B T, heads, D) as a kernel may take it, a view where that can be."""
-    return aligned(x.flatten(0, 1))
+def _lengths(q: Tensor, k: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> Lengths:
+    """Of the sequences that begin at `starts_q` and `starts_k`, of which none is longer than a row."""
+    if starts_q is None or starts_k is None:
+        return {}
+    return dict(zip(LENGTHS, (starts_q, starts_k, q.shape[1], k.shape[1]), strict=True))
+
+
+def _rows(x: Tensor, lengths: Lengths) -> Tensor:
+    """What a kernel takes for x (B, T, heads, D): with lengths all rows behind each other, (B T, heads, D)."""
+    return x.flatten(0, 1) if lengths else x
 
 
 def aligned(x: Tensor) -> Tensor:

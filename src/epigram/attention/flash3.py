@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epigram.attention._flash import register
+from epigram.attention._flash import LENGTHS, Lengths, register
 from epigram.attention.base import Request, why_not_heads
 from epigram.errors import UserError
 
@@ -31,7 +31,6 @@ except ImportError:  # earlier releases do not say
 _MOST_HEAD_DIM = 256
 _FORWARD = ("q", "k", "v", "softmax_scale", "causal", "num_splits")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale")
-_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")  # both take these within documents
 
 
 def check(request: Request) -> str | None:
@@ -46,7 +45,7 @@ def check(request: Request) -> str | None:
 
 def _why_old(documents: bool) -> str | None:
     """What the installed module lacks of the interface that is used here."""
-    more = _LENGTHS if documents else ()
+    more = LENGTHS if documents else ()
     for name, needed in (("_flash_attn_forward", _FORWARD + more), ("_flash_attn_backward", _BACKWARD + more)):
         function = getattr(flash_attn_interface, name, None)
         there = _parameters(function) if function is not None else {}
@@ -91,39 +90,20 @@ def _arguments(function: Callable[..., Any], window: int, **values: Any) -> dict
     return {name: None for name, needed in there.items() if needed} | values
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Lengths) -> tuple[Tensor, Tensor]:
     function = flash_attn_interface._flash_attn_forward
-    out, lse, *_ = function(**_arguments(function, window, q=q, k=k, v=v, softmax_scale=q.shape[-1] ** -0.5))
-    return out, lse
-
-
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-    dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
-    function = flash_attn_interface._flash_attn_backward
-    tensors = dict(dout=grad, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv)
-    function(**_arguments(function, window, softmax_scale=q.shape[-1] ** -0.5, **tensors))
-
-
-def _varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int
-) -> tuple[Tensor, Tensor]:
-    function = flash_attn_interface._flash_attn_forward
-    lengths = dict(zip(_LENGTHS, (starts_q, starts_k, longest_q, longest_k), strict=True))
     arguments = _arguments(function, window, q=q, k=k, v=v, softmax_scale=q.shape[-1] ** -0.5, **lengths)
     out, lse, *_ = function(**arguments)
     return out, lse
 
 
-def _varlen_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-    dq: Tensor, dk: Tensor, dv: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
+    dq: Tensor, dk: Tensor, dv: Tensor, lengths: Lengths,
 ) -> None:  # fmt: skip
     function = flash_attn_interface._flash_attn_backward
     tensors = dict(dout=grad, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv)
-    lengths = dict(zip(_LENGTHS, (starts_q, starts_k, longest_q, longest_k), strict=True))
     function(**_arguments(function, window, softmax_scale=q.shape[-1] ** -0.5, **tensors, **lengths))
 
 
-attend = register("flash3", _forward, _backward, _varlen_forward, _varlen_backward)
+attend = register("flash3", _forward, _backward)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from epigram.attention import _flash4_cache
-from epigram.attention._flash import register
+from epigram.attention._flash import Lengths, register
 from epigram.attention.base import Request, why_not_heads
 from epigram.errors import UserError
 
@@ -35,41 +35,19 @@ def _band(window: int) -> dict[str, int | None]:
     return {"window_size_left": window or None, "window_size_right": 0 if window else None}
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **_band(window))
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **lengths, **_band(window))
     return out, lse
 
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-    dq: Tensor, dk: Tensor, dv: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, lengths: Lengths,
 ) -> None:  # fmt: skip
-    _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, dq=dq, dk=dk, dv=dv, **_band(window))
-
-
-def _varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int
-) -> tuple[Tensor, Tensor]:
-    lengths = _lengths(starts_q, starts_k, longest_q, longest_k)
-    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **lengths, **_band(window))
-    return out, lse
-
-
-def _varlen_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int,
-    dq: Tensor, dk: Tensor, dv: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
-) -> None:  # fmt: skip
-    lengths = _lengths(starts_q, starts_k, longest_q, longest_k)
     _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, dq=dq, dk=dk, dv=dv, **lengths, **_band(window))
 
 
-def _lengths(starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int) -> dict[str, Tensor | int]:
-    return {
-        "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k,
-    }  # fmt: skip
-
-
-attend = register("flash4", _forward, _backward, _varlen_forward, _varlen_backward)
+attend = register("flash4", _forward, _backward)
 # With as many key/value heads as query heads the backward writes their gradients directly; grouped ones go through
 # float32 sums and two conversions: 0.15 ms a layer at 73,728 tokens on an H100.
 attend.equal_heads = True  # type: ignore[attr-defined]
