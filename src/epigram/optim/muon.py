@@ -22,7 +22,8 @@ from #1130.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from epigram.kernels.muon import descend, nesterov, num_parts
 from epigram.optim.base import Group, not_among, outside, refuse
 from epigram.optim.orthogonalize import MAX_ITERATIONS, coefficients, orthogonalize
 from epigram.roles import ParameterRole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -184,11 +188,14 @@ class Muon:
 
     def state(self) -> dict[str, Tensor]:
         """The live momentum of each bank, shaped like the bank: a DTensor where several processes share it."""
-        mesh = mesh_of(self._context)
         return {
-            f"momentum.{name}": as_whole(momentum, len(self._banks[name]), mesh)
+            f"momentum.{name}": as_whole(momentum, len(self._banks[name]), self._mesh)
             for name, momentum in self._momentum.items()
         }
+
+    @cached_property
+    def _mesh(self) -> "DeviceMesh | None":
+        return mesh_of(self._context)
 
     @torch.no_grad()
     def step(

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from torch import Tensor
 from epigram.dist.context import Context
 from epigram.dist.share import as_whole, is_shared, mesh_over, own_part
 from epigram.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -140,10 +143,12 @@ class Saver:
 
     def _named_wholes(self) -> dict[str, Tensor]:
         """The copies on the host, shared ones as DTensors over the group that writes."""
-        if self._group is None or not self._whole_rows:
-            return self._staged
-        mesh = mesh_over(self._group, "cpu")
-        return self._staged | {n: as_whole(self._staged[n], rows, mesh) for n, rows in self._whole_rows.items()}
+        shared = self._whole_rows.items()
+        return self._staged | {name: as_whole(self._staged[name], rows, self._mesh) for name, rows in shared}
+
+    @cached_property
+    def _mesh(self) -> "DeviceMesh | None":
+        return mesh_over(self._group, "cpu") if self._group is not None else None
 
     def _together(self, work: Callable[[], None]) -> None:
         """Do `work` in the first process; when it fails there, it fails in all."""
