@@ -60,7 +60,7 @@ def train_two(script: str, folder: Path, data_path: Path, run: Path) -> list[tup
 def test_what_processes_tell_each_other(tmp_path: Path):
     script = """
         import torch
-        from epigram.dist import collectives
+        from epigram.dist import collectives, watch
         from epigram.dist.collectives import LostPeerError
         from epigram.dist.context import open_context
 
@@ -93,6 +93,14 @@ def test_what_processes_tell_each_other(tmp_path: Path):
             assert together([1]) == ("ValueError" if r == 1 else "LostPeerError")
             assert together([0, 1]) == "ValueError"
             assert together([]) == "well", "and they can go on"
+            news_s, watch._NEWS_S = watch._NEWS_S, 0.1
+            try:
+                collectives.begin_sum(context, [torch.ones(2, dtype=torch.uint16)]).wait()
+            except RuntimeError as error:
+                assert str(error) == "Invalid scalar type", "nobody else is to blame"
+            else:
+                raise AssertionError("gloo can add these")
+            watch._NEWS_S = news_s
             if r == 1:
                 raise SystemExit(5)
             for call in (lambda: collectives.begin_gather(context, torch.ones(2)).wait(),

@@ -3,6 +3,7 @@
 Gradients travel between devices. All else travels between hosts, so that no clock or decision waits for a device.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -138,7 +139,7 @@ def together(context: Context) -> Iterator[None]:
     try:
         yield
     except Exception:
-        with suppress(LostPeerError):  # the error itself says more
+        with suppress(LostPeerError, RuntimeError):  # the error itself says more
             _count(True)
         raise
     if _count(False):
@@ -155,11 +156,27 @@ def _count(failed: bool) -> int:
 
 @contextmanager
 def _peers() -> Iterator[None]:
+    """Around a collective: LostPeerError where another process is at fault. Any other error is raised as it is."""
     try:
         yield
-    except RuntimeError as error:  # what gloo and NCCL raise when a process is gone
+    except RuntimeError as error:  # what gloo and NCCL raise, whatever is wrong
         if watch.current is not None and watch.current.explain() is not None:
             raise watch.current.lost() from error
+        if not _is_lost_connection(error):
+            raise
         raise LostPeerError(
             f"this process lost the others ({error}): the one that ended first says why, in its own message"
         ) from error
+
+
+# What gloo, NCCL and torch's store say of a process that is gone or does not answer. The names of NCCL's errors do not
+# tell: a closed connection can come out as ncclRemoteError, ncclSystemError or ncclInternalError.
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket (unexpectedly )?closed|pair closure|remote process exited|"
+    r"got 0 bytes|timed out waiting|timeout waiting|(connect|operation|read|socket|wait|write) timeout",
+    re.IGNORECASE,
+)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)) is not None
