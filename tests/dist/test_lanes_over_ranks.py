@@ -60,7 +60,7 @@ SCRIPT = """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        # Forked after the imports, which would take longer than the steps; nothing was computed before, so no thread is lost.
+        # Forked after the imports, which would take longer than the steps; nothing was computed yet: no thread is lost.
         fork = multiprocessing.get_context("fork")
         processes = [fork.Process(target=one, args=(rank, world_size, port, Path(data), out, lanes, json.loads(cases)))
                      for rank in range(world_size)]
@@ -74,7 +74,7 @@ SCRIPT = """
 
 
 def take_steps(data: Path, folder: Path, lanes: str, cases: dict[str, tuple[str, ...]], *world_sizes: int) -> list[str]:
-    """Run SCRIPT, which leaves the parameters after the last step in files "WORLD_SIZE CASE"; returns what it printed."""
+    """Run SCRIPT, which leaves the last step's parameters in files "WORLD_SIZE CASE"; returns what it printed."""
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(steps=STEPS)))
     command = [sys.executable, script, data, folder, lanes, json.dumps(cases), *world_sizes]

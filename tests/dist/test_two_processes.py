@@ -24,8 +24,8 @@ FOUR_LANES = (
 
 
 def environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
-    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {**os.environ, **{key: str(value) for key, value in ours.items()}, "OMP_NUM_THREADS": "1"}
+    of_process = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **of_process, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_two(script: str, folder: Path, *arguments: str, num_processes: int = 2) -> list[tuple[int, str, str]]:
@@ -36,12 +36,10 @@ def run_two(script: str, folder: Path, *arguments: str, num_processes: int = 2) 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(path), *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [
-        subprocess.Popen(
-            command, env=environment(rank, num_processes, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(num_processes)
-    ]  # fmt: skip
+        subprocess.Popen(command, env=environment(rank, num_processes, port), **pipes) for rank in range(num_processes)
+    ]
     try:
         outputs = [process.communicate(timeout=TIMEOUT_S) for process in processes]
     finally:
@@ -401,11 +399,13 @@ def test_a_run_goes_on_with_another_number_of_processes(data_path: Path, tmp_pat
     assert one.keys() == several.keys()
     assert one["optimizer.muon.momentum.banks.up"].norm() > 0
     for name, tensor in one.items():
-        distance = torch.linalg.vector_norm((tensor.double() - several[name].double()))
+        distance = torch.linalg.vector_norm(tensor.double() - several[name].double())
         assert distance <= 1e-5 * torch.linalg.vector_norm(tensor.double()), name
 
 
-@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 0, None)])
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 0, None)]
+)
 def test_a_signal_to_one_process_is_heeded_by_both(data_path: Path, tmp_path: Path, number: int, code: int, status):
     script = f"""
         import os, signal

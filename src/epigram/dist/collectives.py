@@ -43,7 +43,7 @@ class Message:
 
 
 def begin_sum(context: Context, tensors: Sequence[Tensor]) -> Message:
-    """Begin to add `tensors`, of one dtype, up over the processes: one message. They are the sums when it is waited for."""
+    """Begin to add `tensors`, of one dtype, up over the processes: one message, after whose wait they are the sums."""
     if not context.has_peers:
         return Message(tensors[0])
 

@@ -126,7 +126,7 @@ def _of_rank(watching: watch.Watch | None, cause: str, error: BaseException) -> 
     """The error that this process raises for `error`."""
     if watching is None:
         return UserError(cause)
-    # Who hears in a collective that another failed may hear it before that one has said why: the cause is worth waiting for.
+    # A collective may tell of another's failure before that one has said why: the cause is worth waiting for.
     if isinstance(error, LostPeerError) and watching.explain() is not None:
         return watching.lost()
     first = watching.report(cause)

@@ -5,9 +5,9 @@ NVLINK_BYTES_PER_S = 450e9
 
 
 def all_reduce_bytes(num_bytes: float, world_size: int) -> float:
-    """Sent by each process to sum `num_bytes` over all: twice all but its own share, by a ring (Patarasuk and Yuan 2009).
+    """Sent by each process to sum `num_bytes` over all: twice all but its own share, by a ring.
 
-    No algorithm between the processes alone sends less; switches that add on the way do.
+    No algorithm between the processes alone sends less (Patarasuk and Yuan 2009); switches that add on the way do.
     """
     return 2 * (world_size - 1) / world_size * num_bytes
 

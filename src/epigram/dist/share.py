@@ -1,7 +1,8 @@
 """Tensors whose axis 0 (the layers of a bank) several processes share: who has which rows, and the whole as a DTensor.
 
-Every process has as many rows as the first, the last ones perhaps fewer or none, as `Shard(0)` of torch.distributed.tensor
-cuts a tensor. In messages, where all parts must be equally long, what the last ones lack are rows of zeros.
+Every process has as many rows as the first, the last ones perhaps fewer or none, as `Shard(0)` of
+torch.distributed.tensor cuts a tensor. In messages, where all parts must be equally long, what the last ones lack are
+rows of zeros.
 """
 
 from __future__ import annotations

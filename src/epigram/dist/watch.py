@@ -1,7 +1,7 @@
 """When one process of a run fails, all learn which and why, and all end soon.
 
-Every process keeps a connection to rank 0 open. One that fails says so there, and rank 0 passes the first such message on
-to all; one that is killed says nothing, but its connection closes, or falls silent when its machine is gone. Whoever
+Every process keeps a connection to rank 0 open. One that fails says so there, and rank 0 passes the first such message
+on to all; one that is killed says nothing, but its connection closes, or falls silent when its machine is gone. Whoever
 learns of a failure has some seconds to end in good order, for it may be waiting for the lost process in a collective
 that never returns; then a thread ends it. Nothing of this is sent while all is well.
 """
