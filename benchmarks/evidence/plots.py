@@ -5,12 +5,13 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-_INK, _SOFT, _RULE = "#1f2328", "#59636e", "#d1d9e0"
+from epigram.run.report.style import page_colours, style
+
 _LABEL_CHARS = 46  # of a line beside a row
-_COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#4d2d00")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,9 @@ class Drawing:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that is drawn; it stands in the file, which depends on the version of matplotlib too."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Of all that is drawn, and how; it stands in the file, which depends on the version of matplotlib too."""
+        whole = [asdict(self), style(page_colours())]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(drawing: Drawing, path: Path) -> None:
@@ -48,7 +50,7 @@ def save(drawing: Drawing, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_style()):
+    with rc_context(style(page_colours())):
         most = max(map(len, drawing.series.values()))
         figure = Figure(figsize=(7.2, 1.1 + 0.26 * most if drawing.rows else 3.4), layout="constrained")
         axes = figure.subplots()
@@ -62,28 +64,32 @@ def save(drawing: Drawing, path: Path) -> None:
 
 def _rows(axes: Any, drawing: Drawing) -> None:
     (points,) = drawing.series.values()
+    colours = page_colours()
     at = range(len(points), 0, -1)
     spreads = [point.spread for point in points]
-    axes.errorbar([p.y for p in points], at, xerr=spreads, fmt="o", color=_COLOURS[0], ms=5, lw=1.2, capsize=2)
+    axes.errorbar([p.y for p in points], at, xerr=spreads, fmt="o", color=colours.series[0], ms=5, lw=1.2, capsize=2)
     axes.set_yticks(list(at), [textwrap.fill(point.label, _LABEL_CHARS) for point in points])
     axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(0.4, len(points) + 0.6)
     for point, height in zip(points, at, strict=True):
         offset: dict[str, Any] = {"xytext": (7, 4), "textcoords": "offset points"}
-        axes.annotate(f"{point.y:.4f}", (point.y, height), color=_SOFT, size=7.5, **offset)
+        axes.annotate(f"{point.y:.4f}", (point.y, height), color=colours.soft, size=7.5, **offset)
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
     axes.set_xlabel(drawing.y_label)
 
 
 def _lines(axes: Any, drawing: Drawing) -> None:
-    for colour, (name, points) in zip(_COLOURS * 3, drawing.series.items(), strict=False):
+    colours = page_colours()
+    for colour, (name, points) in zip(cycle(colours.series), drawing.series.items(), strict=False):
         x, y, spread = ([getattr(p, key) for p in points] for key in ("x", "y", "spread"))
-        style = "o" if any(point.label for point in points) else "o-"
-        axes.errorbar(x, y, yerr=spread, fmt=style, color=colour, ms=4, lw=1.2, capsize=2, label=name)
+        marks = "o" if any(point.label for point in points) else "o-"
+        axes.errorbar(x, y, yerr=spread, fmt=marks, color=colour, ms=4, lw=1.2, capsize=2, label=name)
         for point in points:
             if point.label:
                 offset: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points"}
-                axes.annotate(point.label, (point.x, point.y), color=_SOFT, size=7, **offset)
+                axes.annotate(point.label, (point.x, point.y), color=colours.soft, size=7, **offset)
     if drawing.log_x:
         axes.set_xscale("log", base=drawing.log_x)
         ticks = sorted({point.x for points in drawing.series.values() for point in points})
@@ -93,27 +99,3 @@ def _lines(axes: Any, drawing: Drawing) -> None:
     axes.set_ylabel(drawing.y_label)
     if len(drawing.series) > 1:
         axes.legend()
-
-
-def _style() -> dict[Any, Any]:
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "epigram",
-        "text.parse_math": False,
-        "font.family": "DejaVu Sans",
-        "font.size": 8.5,
-        "text.color": _INK,
-        "axes.edgecolor": _RULE,
-        "axes.labelcolor": _SOFT,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": _RULE,
-        "grid.linewidth": 0.6,
-        "xtick.color": _RULE,
-        "ytick.color": _RULE,
-        "xtick.labelcolor": _SOFT,
-        "ytick.labelcolor": _SOFT,
-        "legend.frameon": False,
-        "axes.formatter.useoffset": False,
-    }

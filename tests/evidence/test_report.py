@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import loss_curves
+from benchmarks.evidence import plots
 from benchmarks.evidence.cell import EVIDENCE, describe
 from benchmarks.evidence.plan import BASE, Cell, load_plan
 from benchmarks.evidence.report import BEGIN, END, HEAD_BEGIN, HEAD_END, command_of, write_pages
@@ -139,7 +142,7 @@ def test_step_times_at_equal_tokens(pages: Pages):
     assert (pages.results / "plots" / "steps.svg").exists()
 
 
-def test_again_changes_nothing(pages: Pages):
+def test_again_changes_nothing(pages: Pages, monkeypatch):
     pages.add(CELLS["plain-s1"], 1.3, variants=(BASE, "nearest"))
     first = pages.page()
     plot = pages.results / "plots" / "training.svg"
@@ -149,7 +152,11 @@ def test_again_changes_nothing(pages: Pages):
     assert plot.read_text() == drawn
     pages.add(CELLS["plain-s1"], 1.2, variants=(BASE, "nearest"))
     pages.page()
-    assert plot.read_text() != drawn  # other data, another drawing
+    assert (redrawn := plot.read_text()) != drawn  # other data, another drawing
+    other = replace(plots.page_colours(), ink="#123456")
+    monkeypatch.setattr(plots, "page_colours", lambda: other)
+    pages.page()
+    assert plot.read_text() != redrawn  # and so with another style
 
 
 def test_markers_are_needed(pages: Pages):
@@ -167,8 +174,16 @@ def test_what_is_committed_is_up_to_date(tmp_path: Path):
     hint = "run python -m benchmarks.evidence report"
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text(), hint
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), hint
-    plots = {path.name: path.read_text() for path in (tmp_path / "results").glob("plots/*")}
-    assert plots == {path.name: path.read_text() for path in (ROOT / "docs" / "results").glob("plots/*")}, hint
+    drawn = {path.name: path.read_text() for path in (tmp_path / "results").glob("plots/*")}
+    assert drawn == {path.name: path.read_text() for path in (ROOT / "docs" / "results").glob("plots/*")}, hint
+
+
+def test_the_committed_loss_curves_are_up_to_date(tmp_path: Path):
+    """`python -m benchmarks.loss_curves draw` would change nothing."""
+    committed = ROOT / "docs" / "results" / "loss-curves"
+    shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
+    loss_curves.draw(tmp_path)
+    assert (tmp_path / "loss-curves.svg").read_text() == (committed / "loss-curves.svg").read_text()
 
 
 def test_every_claim_has_seeds_spread_and_command():

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 from click.testing import CliRunner
@@ -13,8 +14,9 @@ from epigram.cli.report import command
 from epigram.errors import UserError
 from epigram.run.record import RunRecord
 from epigram.run.report import build, summary, tables
-from epigram.run.report.plots import Plot, Series, draw, settled_limits, short, thin
+from epigram.run.report.plots import NUM_COLOURS, Plot, Series, draw, settled_limits, short, thin
 from epigram.run.report.reader import read_run
+from epigram.run.report.style import page_colours
 
 CONFIG = {
     "recipe": "demo",
@@ -161,6 +163,21 @@ def test_drawings_take_the_colours_of_the_page():
     assert drawing.startswith('<svg role="img" aria-label="Loss"')
     # What is left of fixed colours would not follow the colour scheme.
     assert set(re.findall(r"#[0-9a-f]{6}", drawing)) <= {"#000000"}
+
+
+def test_drawings_in_files_have_the_colours_of_a_light_page():
+    css = (files("epigram.run.report") / "page.css").read_text()
+    colours = page_colours()
+    assert len(colours.series) == NUM_COLOURS
+    light, dark = css.split("@media (prefers-color-scheme: dark)")[:2]
+    for name, colour in {
+        "ink": colours.ink,
+        "soft": colours.soft,
+        "rule": colours.rule,
+        "run-5": colours.series[5],
+    }.items():
+        assert f"--{name}: {colour};" in light
+        assert f"--{name}: {colour};" not in dark
 
 
 def test_a_run_over_its_limits_is_told(tmp_path, capsys):

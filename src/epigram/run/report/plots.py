@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from epigram.run.report.style import Colours, style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -19,9 +21,11 @@ _SIZE_INCHES = (4.3, 2.55)  # about as wide as half a page, so that text keeps i
 _MOST_POINTS = 240  # of one curve; longer ones are drawn as mean and range of their pieces
 _SETTLED_FRAC = 0.02  # of the steps; earlier losses do not stretch the axis
 
-_INK, _SOFT, _RULE, _RUN = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b1{}"
-_VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _RULE: "var(--rule)"} | {
-    _RUN.format(i): f"var(--run-{i})" for i in range(NUM_COLOURS)
+_MARKERS = Colours(
+    ink="#0a0b01", soft="#0a0b02", rule="#0a0b03", series=tuple(f"#0a0b1{index}" for index in range(NUM_COLOURS))
+)
+_VARIABLES = {_MARKERS.ink: "var(--ink)", _MARKERS.soft: "var(--soft)", _MARKERS.rule: "var(--rule)"} | {
+    marker: f"var(--run-{index})" for index, marker in enumerate(_MARKERS.series)
 }
 
 
@@ -53,7 +57,7 @@ def draw(plot: Plot, number: int) -> str:
     from matplotlib.figure import Figure
 
     # A Figure of its own, without pyplot: no global state, no window system.
-    with rc_context(_style()):
+    with rc_context(style(_MARKERS)):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         axes = figure.subplots()
         for series in plot.series:
@@ -64,36 +68,8 @@ def draw(plot: Plot, number: int) -> str:
     return embed(buffer.getvalue(), f"plot{number}", plot.title)
 
 
-def _style() -> dict[Any, Any]:
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "epigram",
-        "text.parse_math": False,
-        "font.family": "DejaVu Sans",
-        "font.size": 8,
-        "text.color": _INK,
-        "axes.edgecolor": _RULE,
-        "axes.labelcolor": _SOFT,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": _RULE,
-        "grid.linewidth": 0.6,
-        "xtick.color": _RULE,
-        "ytick.color": _RULE,
-        "xtick.labelcolor": _SOFT,
-        "ytick.labelcolor": _SOFT,
-        "ytick.left": False,
-        "legend.frameon": False,
-        "legend.fontsize": 7.5,
-        "legend.handlelength": 1.4,
-    }
-
-
 def _draw_series(axes: "Axes", series: Series) -> None:
-    colour = _RUN.format(series.run % NUM_COLOURS)
+    colour = _MARKERS.series[series.run % NUM_COLOURS]
     line = "-" if series.run < NUM_COLOURS else "--"
     if series.dotted:
         axes.plot(series.steps, series.values, "o-", color=colour, ms=2.6, lw=1.0, label=series.label, zorder=3)
@@ -117,10 +93,10 @@ def _draw_axes(axes: "Axes", plot: Plot) -> None:
     if plot.from_zero:
         axes.set_ylim(bottom=0)
     for step, word in plot.marks:
-        axes.axvline(step, color=_SOFT, lw=0.8, ls=(0, (2, 2)))
+        axes.axvline(step, color=_MARKERS.soft, lw=0.8, ls=(0, (2, 2)))
         at = axes.get_xaxis_transform()  # steps across, a share of the height up
         offset: dict[str, Any] = {"xytext": (3, -7), "textcoords": "offset points"}
-        axes.annotate(word, (step, 1), xycoords=at, color=_SOFT, size=7.5, **offset)
+        axes.annotate(word, (step, 1), xycoords=at, color=_MARKERS.soft, size=7.5, **offset)
     if any(series.label for series in plot.series):
         axes.legend(loc="best")
 
