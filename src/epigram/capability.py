@@ -1,6 +1,6 @@
 """What each kind of device can do, in one table: precision, attention, compilation, Triton kernels, and why.
 
-The precision of a run (`run.setup.pick_precision`) and of Muon (`optim.muon.resolve_dtype`), the order in which
+The precision of a run (`run.choices.pick_precision`) and of Muon (`optim.muon.resolve_dtype`), the order in which
 attention backends are preferred (`attention.base.candidates`), whether fused kernels are used, and the words of
 `epigram doctor` all come from here. A row says what a kind of device is good for; whether a library is installed and
 whether a backend can serve a certain layer is asked of the backends themselves (`check`), and between several that can,

@@ -15,7 +15,7 @@ from epigram.attention import _flash, reference
 from epigram.attention.base import ORACLE, PACKAGE, Request, candidates, usable, within
 from epigram.capability import support
 from epigram.model.documents import reach as reach_of
-from epigram.run.setup import compile_shapes
+from epigram.run.choices import compile_shapes
 from epigram.run.speed import Work, as_called, cuda_ms, measure_ms
 
 pytestmark = pytest.mark.gpu

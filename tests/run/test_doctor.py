@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from epigram import capability, plugin
 from epigram.cli.doctor import command
-from epigram.run import doctor, machine, setup
+from epigram.run import choices, doctor, machine
 
 
 def found(findings) -> dict[str, doctor.Finding]:
@@ -37,7 +37,7 @@ def no_flash(monkeypatch):
         monkeypatch.delitem(sys.modules, f"epigram.attention.{name}", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(capability, "triton_installed", lambda: True)
-    monkeypatch.setattr(setup, "compiler_available", lambda: True)
+    monkeypatch.setattr(choices, "compiler_available", lambda: True)
 
 
 def explained(device_type, found=None) -> dict[str, str]:
@@ -140,7 +140,7 @@ def test_a_mac(no_flash):
 
 
 def test_without_triton_or_a_compiler(no_flash, monkeypatch):
-    monkeypatch.setattr(setup, "compiler_available", lambda: False)
+    monkeypatch.setattr(choices, "compiler_available", lambda: False)
     findings = explained("cuda", (9, 0))
     assert findings["compile"] == "off: there is no C++ compiler, or Python's headers are missing"
     assert "fast only inside a compiled model" in findings["flex, windowed"]

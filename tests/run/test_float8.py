@@ -14,7 +14,7 @@ from epigram.errors import UserError
 from epigram.evaluation.scorer import score
 from epigram.evaluation.windows import Method
 from epigram.kernels.base import FLOAT8, PLAIN
-from epigram.run import job, setup
+from epigram.run import choices, job, setup
 from epigram.run.bench import mlp
 from epigram.run.bench.base import Bench, fill_zeros
 from epigram.run.describe import describe, print_description
@@ -137,7 +137,7 @@ def on(device: str, capability: tuple[int, int] | None) -> Context:
 def test_devices_and_models_that_cannot(device: str, capability, changes: list[str], reason: str):
     model = setup.GPT(load_recipe("smoke", changes).model)
     with pytest.raises(UserError, match=f"run.float8 = true cannot be used here: .*{reason}; set run.float8=false"):
-        setup.explain_float8(model, on(device, capability))
+        choices.explain_float8(model, on(device, capability))
 
 
 @pytest.mark.parametrize("recipe", ["pr1212", "pr1130", "h100", "smoke"])
@@ -146,7 +146,7 @@ def test_models_of_the_recipes_can(recipe: str):
         model = setup.GPT(load_recipe(recipe).model)
     model.compute_dtype = torch.bfloat16
     for capability in ((8, 9), (9, 0), (12, 0)):
-        assert setup.explain_float8(model, on("cuda", capability)) == {PRODUCTS: "float8"}
+        assert choices.explain_float8(model, on("cuda", capability)) == {PRODUCTS: "float8"}
 
 
 @pytest.mark.parametrize(

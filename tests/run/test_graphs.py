@@ -12,7 +12,7 @@ from epigram.data.dataset import DataFolder
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.kernels.base import PLAIN
-from epigram.run import setup
+from epigram.run import choices, setup
 from epigram.run.bench import step as bench_step
 from epigram.run.bench.base import Bench
 from epigram.run.graphs import CudaCapture, Key, LaneGraph, Work
@@ -192,18 +192,18 @@ class Hopper(Context):
 )
 def test_what_is_chosen_on_a_gpu(monkeypatch, kernels: str, compile_: str, graphs: str, expected: tuple[bool, ...]):
     """Fused kernels unless compiling is asked for; compiled only when plain; recorded only when fused."""
-    monkeypatch.setattr(setup, "compiler_available", lambda: True)
+    monkeypatch.setattr(choices, "compiler_available", lambda: True)
     context = Hopper(device=torch.device("cuda"))
     model = setup.GPT(load_recipe("pr1212").model)
     model.compute_dtype = torch.bfloat16
-    compiled, paths = setup.attach_kernels(model, kernels, compile_, context)
-    fused, recorded = model.kernels is not PLAIN, setup.should_capture(graphs, model, context)
+    compiled, paths = choices.attach_kernels(model, kernels, compile_, context)
+    fused, recorded = model.kernels is not PLAIN, choices.should_capture(graphs, model, context)
     assert (fused, compiled, recorded) == expected
     assert paths["kernels"].startswith("fused" if fused else "plain")
     assert paths["compile"].startswith("on" if compiled else "off")
     if not fused:
         with pytest.raises(UserError, match="plain ones"):
-            setup.should_capture("on", model, context)
+            choices.should_capture("on", model, context)
 
 
 # -- on a device -------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from epigram.errors import UserError
 from epigram.evaluation.windows import METHODS
 from epigram.kernels.base import PLAIN
 from epigram.model.gpt import GPT
-from epigram.run import setup, weights
+from epigram.run import choices, weights
+from epigram.run.choices import attach_kernels
 from epigram.run.describe import describe, print_description
 from epigram.run.score import score_model
-from epigram.run.setup import attach_kernels, check_documents, check_fit
+from epigram.run.setup import check_documents, check_fit
 from epigram.run.submission.bundle import shipped_sources
 
 
@@ -106,8 +107,8 @@ def test_without_flash_attention_a_compiled_model_is_taken(
     def candidates(request):
         return (*(["flash4"] if flash else []), *(["flex"] if request.compiled else []), "sdpa")
 
-    monkeypatch.setattr(setup, "candidates", candidates)
-    monkeypatch.setattr(setup, "compiler_available", lambda: True)
+    monkeypatch.setattr(choices, "candidates", candidates)
+    monkeypatch.setattr(choices, "compiler_available", lambda: True)
     compiled, words = attach_kernels(model, kernels, compile_, context)
     assert (model.kernels is not PLAIN, compiled) == (kept, not kept)
     assert kept or words["kernels"] == (

@@ -14,7 +14,7 @@ from epigram.config import load_recipe
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.model.gpt import GPT
-from epigram.run import setup, speed
+from epigram.run import choices, speed
 from epigram.run.speed import Work, agreed_ms, measure_ms, scoring_work, training_work
 
 REQUEST = Request(
@@ -126,9 +126,9 @@ def test_a_session_prints_what_it_measured(hopper, monkeypatch: pytest.MonkeyPat
     config = load_recipe("pr1212", ["model.window=512"])
     with torch.device("meta"):
         model = GPT(config.model)
-    model.compute_dtype, words = setup.pick_precision("auto", hopper)
+    model.compute_dtype, words = choices.pick_precision("auto", hopper)
     assert words == {"device": "NVIDIA H100", "precision": "bfloat16"}
-    paths = setup.attach_attention(model, "auto", hopper, compiled=True, work=training_work(config))
+    paths = choices.attach_attention(model, "auto", hopper, compiled=True, work=training_work(config))
     assert paths == {
         "attention": "cudnn (0.5 ms; sdpa 0.75, flex 1)",
         "attention of windowed layers": "flex (0.3 ms; sdpa 2)",
@@ -142,11 +142,11 @@ def test_what_is_eager_or_named_is_not_measured(hopper, monkeypatch: pytest.Monk
     config = short()
     model = GPT(config.model)
     model.compute_dtype = torch.bfloat16
-    with setup.attention_for_eager(model, hopper):
+    with choices.attention_for_eager(model, hopper):
         assert model.attend.__module__ in ("epigram.attention.cudnn", "epigram.attention.flash4")
     work = training_work(config)
-    assert setup.attach_attention(model, "sdpa", hopper, compiled=True, work=work)["attention"] == "sdpa"
-    paths = setup.attach_attention(model, "auto", Context(), compiled=True, work=work)
+    assert choices.attach_attention(model, "sdpa", hopper, compiled=True, work=work)["attention"] == "sdpa"
+    paths = choices.attach_attention(model, "auto", Context(), compiled=True, work=work)
     assert paths["attention"] == "sdpa", "on a CPU the table decides"
 
 
@@ -161,21 +161,21 @@ def test_what_is_eager_or_named_is_not_measured(hopper, monkeypatch: pytest.Monk
 def test_compiling_in_vain_says_why(monkeypatch, device, capability, triton, reason) -> None:
     monkeypatch.setattr("epigram.capability.triton_installed", lambda: triton)
     context = SimpleNamespace(device=torch.device(device), capability=capability)
-    assert setup.should_compile("auto", context) is False
-    assert setup.should_compile("off", context) is False
+    assert choices.should_compile("auto", context) is False
+    assert choices.should_compile("off", context) is False
     with pytest.raises(UserError, match=reason):
-        setup.should_compile("on", context)
+        choices.should_compile("on", context)
 
 
 def test_compiling_where_it_works(monkeypatch) -> None:
     monkeypatch.setattr("epigram.capability.triton_installed", lambda: True)
-    monkeypatch.setattr(setup, "compiler_available", lambda: True)
+    monkeypatch.setattr(choices, "compiler_available", lambda: True)
     for context in (Context(), SimpleNamespace(device=torch.device("cuda"), capability=(7, 5))):
-        assert setup.should_compile("auto", context) and setup.should_compile("on", context)
-    monkeypatch.setattr(setup, "compiler_available", lambda: False)
-    assert not setup.should_compile("auto", Context())
+        assert choices.should_compile("auto", context) and choices.should_compile("on", context)
+    monkeypatch.setattr(choices, "compiler_available", lambda: False)
+    assert not choices.should_compile("auto", Context())
     with pytest.raises(UserError, match="install g\\+\\+ and python3-dev"):
-        setup.should_compile("on", Context())
+        choices.should_compile("on", Context())
 
 
 def test_no_warning_where_all_is_well() -> None:

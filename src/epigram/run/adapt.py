@@ -32,7 +32,8 @@ from epigram.evaluation.windows import Method
 from epigram.model.gpt import GPT
 from epigram.model.lora import lora_shapes
 from epigram.progress import Progress
-from epigram.run.setup import Losses, attention_for_eager
+from epigram.run.choices import attention_for_eager
+from epigram.run.setup import Losses
 
 _SURE_S = 20.0  # of work, after which a forecast of the rest is believed
 _FASTER = {

@@ -212,7 +212,7 @@ def _paths() -> Iterator[Finding]:
 def explain(part: str, name: str, device_type: str, capability: tuple[int, int] | None) -> Iterator[Finding]:
     """What a run chooses on the device `name` and why: precision, compilation, kernels and attention."""
     from epigram.capability import support, why_no_compile, why_no_float8, why_no_triton
-    from epigram.run.setup import compiler_available
+    from epigram.run.choices import compiler_available
 
     row = support(device_type, capability)
     yield _finding(part, "device", f"{name}: one of the {row.device}" if capability else name)

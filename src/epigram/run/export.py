@@ -26,8 +26,8 @@ from epigram.quant.policy import calibration_taps, plan
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quant.report import QuantReport
 from epigram.run.api import silent_ids
+from epigram.run.choices import attention_for_eager
 from epigram.run.fit import cap_check
-from epigram.run.setup import attention_for_eager
 
 BATCH_TOKENS = 65_536  # of a calibration forward
 _SELF_BATCH = 64  # sequences that the model writes at once

@@ -24,16 +24,7 @@ from epigram.run.fit import pack_to_fit
 from epigram.run.machine import computing, environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
 from epigram.run.score import score_split
-from epigram.run.setup import (
-    CACHE,
-    Losses,
-    Session,
-    build_model,
-    build_session,
-    check_fit,
-    scoring_losses,
-    state_of,
-)
+from epigram.run.setup import CACHE, Losses, Session, build_model, build_session, check_fit, scoring_losses, state_of
 from epigram.run.size import forecast_bytes
 from epigram.run.space import check_room
 from epigram.run.speed import scoring_work

@@ -24,9 +24,10 @@ from epigram.model.gpt import GPT
 from epigram.run.adapt import Adaptation, beside
 from epigram.run.adapt_probe import probe_adapted
 from epigram.run.api import Model
+from epigram.run.choices import attach_attention, attach_kernels
 from epigram.run.probe import check, probe
 from epigram.run.record import final_line
-from epigram.run.setup import CACHE, Losses, attach_attention, attach_kernels, scoring_losses
+from epigram.run.setup import CACHE, Losses, scoring_losses
 from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
 

@@ -1,10 +1,7 @@
 """Builds everything a run needs, says which paths it takes, and does nothing else."""
 
-import shutil
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epigram.attention.base import Attend, Request, candidates, choose, why_not
-from epigram.capability import support, why_no_compile
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
@@ -21,10 +16,7 @@ from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
 from epigram.evaluation.windows import Method
-from epigram.kernels import float8
-from epigram.kernels.base import FLOAT8, PLAIN
-from epigram.kernels.base import choose as choose_kernels
-from epigram.kernels.products.base import Dims
+from epigram.kernels.base import FLOAT8
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT, BankTransform
@@ -34,16 +26,23 @@ from epigram.optim.optimizer import Optimizer
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
 from epigram.run.checkpoint import Saver
+from epigram.run.choices import (
+    attach_attention,
+    attach_kernels,
+    compile_shapes,
+    explain_float8,
+    pick_precision,
+    should_capture,
+    stream_attention,
+)
 from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 from epigram.run.guard import Guard
 from epigram.run.lanes import lane_plan
 from epigram.run.precompile import precompile
-from epigram.run.speed import Work, agreed_ms, training_work
+from epigram.run.speed import Work, training_work
 
 CACHE = Path(".cache/epigram/data")
 """Where text given as --data is built, below the current folder."""
-
-_MOST_GRAPHS = 64  # of one function: lengths of lanes times phases
 
 LaneLoss = Callable[[Tensor, Tensor, Tensor | None, float, BankTransform | None], Tensor]
 
@@ -189,65 +188,6 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
     return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled, work)
 
 
-def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) -> tuple[bool, dict[str, str]]:
-    """Give the model its kernels; returns whether it is to be compiled, and both choices in words.
-
-    kernels, compile_: as in `RunConfig`. The model's precision must be set.
-    """
-    dims = Dims(widths=_widths(model.config), dtype=model.compute_dtype, carries=model.config.residual_lambdas)
-    reason = _why_rather_compiled(model, context) if (kernels, compile_) == ("auto", "auto") else None
-    name = "plain" if compile_ == "on" or reason else kernels
-    model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
-    if model.kernels is not PLAIN:
-        return False, {"kernels": model.kernels.name, "compile": "off: the kernels are fused by hand"}
-    compiled = should_compile(compile_, context)
-    words = f"{model.kernels.name} ({reason})" if reason else model.kernels.name
-    return compiled, {"kernels": words, "compile": "on" if compiled else "off"}
-
-
-def _why_rather_compiled(model: GPT, context: Context) -> str | None:
-    """Why torch.compile is the better choice here although kernels are there, in a sentence; None where it is not.
-
-    Fused kernels run uncompiled. For isolated documents that leaves the FlashAttention backends, or else sdpa, whose
-    masks are written out; flex skips what a mask hides, but needs the compiler.
-    """
-    if not model.config.isolated or context.device.type != "cuda" or not should_compile("auto", context):
-        return None
-    free, compiled = (candidates(attention_request(model, context, compiled=compiled))[0] for compiled in (False, True))
-    if free == compiled:
-        return None
-    return f"documents are isolated, for which {compiled} is better than {free}, and it needs a compiled model"
-
-
-def explain_float8(model: GPT, context: Context) -> dict[str, str]:
-    """How products in float8 are computed here, in words. The model's precision must be set.
-
-    Raises UserError where they cannot be.
-    """
-    device_type, dtype = context.device.type, str(model.compute_dtype).removeprefix("torch.")
-    if reason := float8.why_not(device_type, context.capability, _widths(model.config)):
-        raise UserError(f"run.float8 = true cannot be used here: {reason}; set run.float8=false")
-    how = "" if device_type == "cuda" else f", rounded to it and multiplied in {dtype}: slower than without"
-    return {"products of layers in training": f"float8{how}"}
-
-
-def _widths(c: ModelConfig) -> tuple[int, ...]:
-    """Rows and columns of the matrices of a layer, and of the parts of q, k and v."""
-    return c.model_dim, c.query_dim, c.kv_dim, c.query_dim + 2 * c.kv_dim, c.mlp_dim
-
-
-def should_capture(setting: str, model: GPT, context: Context) -> bool:
-    """Whether lanes are recorded as CUDA graphs. Raises UserError when that is asked for in vain."""
-    reason = None
-    if context.device.type != "cuda":
-        reason = "CUDA graphs are for CUDA devices"
-    elif model.kernels is PLAIN:
-        reason = "it goes with fused kernels, and this run has plain ones"
-    if setting == "on" and reason:
-        raise UserError(f'run.cuda_graphs = "on" cannot be used here: {reason}; set run.cuda_graphs=auto')
-    return setting != "off" and reason is None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Losses:
     """The model's losses of tokens, for scoring, by the weights that it has when they are called.
@@ -279,104 +219,6 @@ def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -
 
     prepare = compile_shapes if compiled else lambda function: function
     return Losses(windows=prepare(model.nll), stream=open_stream, learning=prepare(model.loss))
-
-
-def stream_attention(model: GPT, backend: str, context: Context) -> tuple[Attend, str]:
-    """The backend for chunks that follow cached keys, and the choice in words.
-
-    It is the one called `backend` if that can; else, in the open, the first that can in the order of the capability
-    table: every layer has a window then, and not every backend serves that, or does without the compiler.
-    """
-    request = replace(attention_request(model, context, compiled=False, backward=False), window=1, longer_keys=True)
-    if backend == "auto" or (reason := why_not(backend, request)) is None:
-        chosen = choose(backend, request)
-        return chosen.attend, chosen.name
-    chosen = choose(candidates(request)[0], request)
-    return chosen.attend, f"{chosen.name} ({reason})"
-
-
-def compile_shapes(function: Any) -> Any:
-    """`function`, compiled for each shape and phase that it is called with.
-
-    torch stops to compile after eight of them and goes on in silence, several times slower; here it raises instead.
-    """
-    from torch._dynamo import config as dynamo
-
-    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = _MOST_GRAPHS, True
-    return torch.compile(function, dynamic=False)
-
-
-def attach_attention(
-    model: GPT, backend: str, context: Context, compiled: bool, work: Work | None = None
-) -> dict[str, str]:
-    """Give the model its attention backends for full and for windowed layers; returns which, in words.
-
-    work: with it, "auto" takes on CUDA what is fastest at it; else what comes first in the capability table.
-    """
-    request = attention_request(model, context, compiled, backward=work is None or work.backward)
-    prepare = compile_shapes if compiled else None
-    on_cuda = context.device.type == "cuda"
-    measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None
-    chosen = choose(backend, request, measure)
-    model.attend, paths = chosen.attend, {"attention": str(chosen)}
-    if model.config.window_layers:
-        chosen = choose(backend, replace(request, window=model.config.window), measure)
-        model.attend_window, paths["attention of windowed layers"] = chosen.attend, str(chosen)
-    return paths
-
-
-def attention_request(model: GPT, context: Context, compiled: bool, backward: bool = True) -> Request:
-    """What the model's full-attention layers ask of a backend."""
-    c = model.config
-    return Request(
-        device_type=context.device.type,
-        capability=context.capability,
-        dtype=model.compute_dtype,
-        head_dim=c.head_dim,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        window=0,
-        compiled=compiled,
-        backward=backward,
-        documents=c.isolated,
-    )
-
-
-@contextmanager
-def attention_for_eager(model: GPT, context: Context) -> Iterator[None]:
-    """Inside, the model may run uncompiled: with backends that do not need the compiler."""
-    chosen = model.attend, model.attend_window
-    attach_attention(model, "auto", context, compiled=False)
-    try:
-        yield
-    finally:
-        model.attend, model.attend_window = chosen
-
-
-def pick_precision(name: str, context: Context) -> tuple[torch.dtype, dict[str, str]]:
-    """The precision called `name`; for "auto" the one that the capability table gives this device."""
-    auto = support(context.device.type, context.capability).precision
-    dtype = auto if name == "auto" else getattr(torch, name)
-    where = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
-    return dtype, {"device": where, "precision": str(dtype).removeprefix("torch.")}
-
-
-def should_compile(setting: str, context: Context) -> bool:
-    """Whether to compile: asked for, or left open and possible. Raises UserError when it is asked for in vain."""
-    if setting == "off":
-        return False
-    reason = why_no_compile(context.device.type, context.capability)
-    if reason is None and not compiler_available():
-        reason = "it needs a C++ compiler and the headers of Python: install g++ and python3-dev"
-    if setting == "on" and reason:
-        raise UserError(f'run.compile = "on" cannot be used here: {reason}; or set run.compile=off')
-    return reason is None
-
-
-def compiler_available() -> bool:
-    """A C++ compiler, and the headers of Python that the compiled graphs include."""
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return any(map(shutil.which, ("g++", "clang++", "cl"))) and headers.is_file()
 
 
 def bank_transform(model: GPT, config: Config) -> BankTransform:

@@ -21,8 +21,9 @@ from epigram.optim.base import restore as restore_floats
 from epigram.quant.quantize import Stored, restore
 from epigram.run import checkpoint
 from epigram.run.api import Model
+from epigram.run.choices import attach_attention, pick_precision
 from epigram.run.record import CONFIG
-from epigram.run.setup import attach_attention, check_documents, pick_precision
+from epigram.run.setup import check_documents
 
 ARTIFACT = "model.epigram"
 TOKENIZER = "tokenizer.model"

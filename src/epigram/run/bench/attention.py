@@ -13,7 +13,7 @@ from epigram.data.lanes import Lane
 from epigram.model.cost import attention_bytes_per_token, attention_flops_per_token
 from epigram.run import machine
 from epigram.run.bench.base import Bench, Work, lane_name
-from epigram.run.setup import attention_request
+from epigram.run.choices import attention_request
 from epigram.run.speed import as_called
 
 REPEATS = 20
