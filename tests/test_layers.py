@@ -23,6 +23,7 @@ LAYERS = (
         "byte_tables",
         "quantized",
         "roles",
+        "typed",
         "user_cache",
     ),
     ("model", "optim", "data", "quant", "artifact", "evaluation"),

@@ -5,17 +5,12 @@ together, checked across parts, read from TOML and written back. All problems co
 """
 
 import math
-import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
-
-import cattrs
-from cattrs.gen import make_dict_structure_fn
-from cattrs.v import format_exception
+from typing import Any
 
 from epigram.data.lanes import Lane
 from epigram.errors import UserError
@@ -28,8 +23,7 @@ from epigram.optim.gradients import GradientConfig
 from epigram.optim.groups import OptimConfig
 from epigram.optim.schedule import ScheduleConfig
 from epigram.quant.config import QuantConfig
-
-T = TypeVar("T")
+from epigram.typed import typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,17 +395,14 @@ def _item(array: Any, key: str, assignment: str) -> Any:
     return array[int(key)]
 
 
-# -- typing -------------------------------------------------------------------------------------------------------
-
-
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     """A checked Config from plain values. Raises UserError that lists every unknown key, wrong type and conflict."""
-    return _parse(tree, Config, f"{source}: ")
+    return typed(tree, Config, f"{source}: ")
 
 
 def parse_model(tree: dict[str, Any]) -> ModelConfig:
     """A model's settings from plain values, as an artifact's header holds them; UserError as `parse_config`."""
-    return _parse(tree, ModelConfig, "")
+    return typed(tree, ModelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,23 +429,10 @@ def parse_adapt(kind: str, overrides: Sequence[str]) -> tuple[AdaptConfig, float
     Raises UserError for a change of anything but score.adapt and budget.score_s.
     """
     tree = override({"score": {"adapt": {"kind": kind}}}, overrides)
-    found = _parse(tree, _AdaptSettings, "--adapt: ")
+    found = typed(tree, _AdaptSettings, "--adapt: ")
     if overrides and found.score.adapt.kind == "none":
         raise UserError("--set changes settings of --adapt: say --adapt sgd or --adapt lora")
     return found.score.adapt, found.budget.score_s
-
-
-def _parse(tree: dict[str, Any], kind: type[T], prefix: str) -> T:
-    try:
-        return _converter(strict=True).structure(tree, kind)
-    except Exception as error:  # cattrs raises a tree of whatever the parts raised
-        problems = _problems(error)
-        # A section with an unknown key was not built, so its conflicts are still to be found.
-        try:
-            _converter(strict=False).structure(tree, kind)
-        except Exception as further:
-            problems += [problem for problem in _problems(further) if problem not in problems]
-        raise UserError(prefix + "; ".join(problems)) from error
 
 
 def to_tree(config: Config) -> dict[str, Any]:
@@ -466,76 +444,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _converter(*, strict: bool) -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=strict, detailed_validation=True)
-    for kind in (int, float, str, bool):
-        converter.register_structure_hook(kind, _exactly)
-    converter.register_structure_hook_factory(is_dataclass, lambda kind: _section(kind, converter, strict))
-    converter.register_structure_hook_factory(
-        lambda kind: get_origin(kind) is tuple, lambda kind: _array(kind, converter)
-    )
-    return converter
-
-
-def _section(kind: type, converter: cattrs.Converter, strict: bool) -> Any:
-    structure: Any = make_dict_structure_fn(
-        kind, converter, _cattrs_forbid_extra_keys=strict, _cattrs_detailed_validation=True
-    )
-
-    def hook(value: Any, expected: Any) -> Any:
-        if not isinstance(value, dict):
-            raise TypeError(f"expected a section, not {value!r}")
-        return structure(value, expected)
-
-    return hook
-
-
-def _array(kind: Any, converter: cattrs.Converter) -> Any:
-    item = get_args(kind)[0]
-
-    def hook(value: Any, _: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"expected an array, not {value!r}")
-        return tuple(converter.structure(entry, item) for entry in value)
-
-    return hook
-
-
-def _exactly(value: Any, kind: type) -> Any:
-    """No silent conversions: 3.5 is no integer, "no" is no truth value; an integer may stand for a float."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    raise TypeError(f"expected {names[kind]}, not {value!r}")
-
-
-def _problems(error: BaseException, path: str = "") -> list[str]:
-    """One sentence for each leaf of the tree of exceptions, with the key it concerns."""
-    if isinstance(error, cattrs.BaseValidationError):
-        found: list[str] = []
-        for inner in error.exceptions:
-            found += _problems(inner, _extend(path, getattr(inner, "__notes__", [])))
-        return found
-    if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return [f"unknown key {_dotted(path, key)}" for key in sorted(error.extra_fields)]
-    if isinstance(error, KeyError):
-        return [f"{_dotted(path, str(error.args[0]))} is missing"]
-    if isinstance(error, TypeError | ValueError):
-        return [f"{path}: {error}" if path else str(error)]
-    return [f"{path}: {format_exception(error, object)}"]
-
-
-def _extend(path: str, notes: list[Any]) -> str:
-    for note in notes:
-        if match := re.search(r"attribute (\w+)$", str(note)):
-            return _dotted(path, match.group(1))
-    return path
-
-
-def _dotted(path: str, key: str) -> str:
-    # A missing key's own note already names it.
-    return path if path.endswith(f".{key}") or path == key else f"{path}.{key}".lstrip(".")

@@ -1,0 +1,100 @@
+"""Plain values (tables, arrays, numbers, text) into typed dataclasses; every problem in one message."""
+
+import re
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_args, get_origin
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+from cattrs.v import format_exception
+
+from epigram.errors import UserError
+
+T = TypeVar("T")
+
+
+def typed(tree: dict[str, Any], kind: type[T], prefix: str = "") -> T:
+    """A `kind` of the values in `tree`; UserError with every unknown key, wrong type and conflict, behind `prefix`."""
+    try:
+        return _converter(strict=True).structure(tree, kind)
+    except Exception as error:  # cattrs raises a tree of whatever the parts raised
+        problems = _problems(error)
+        # A section with an unknown key was not built, so its conflicts are still to be found.
+        try:
+            _converter(strict=False).structure(tree, kind)
+        except Exception as further:
+            problems += [problem for problem in _problems(further) if problem not in problems]
+        raise UserError(prefix + "; ".join(problems)) from error
+
+
+def _converter(*, strict: bool) -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=strict, detailed_validation=True)
+    for kind in (int, float, str, bool):
+        converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook_factory(is_dataclass, lambda kind: _section(kind, converter, strict))
+    converter.register_structure_hook_factory(
+        lambda kind: get_origin(kind) is tuple, lambda kind: _array(kind, converter)
+    )
+    return converter
+
+
+def _section(kind: type, converter: cattrs.Converter, strict: bool) -> Any:
+    structure: Any = make_dict_structure_fn(
+        kind, converter, _cattrs_forbid_extra_keys=strict, _cattrs_detailed_validation=True
+    )
+
+    def hook(value: Any, expected: Any) -> Any:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected a section, not {value!r}")
+        return structure(value, expected)
+
+    return hook
+
+
+def _array(kind: Any, converter: cattrs.Converter) -> Any:
+    item = get_args(kind)[0]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"expected an array, not {value!r}")
+        return tuple(converter.structure(entry, item) for entry in value)
+
+    return hook
+
+
+def _exactly(value: Any, kind: type) -> Any:
+    """No silent conversions: 3.5 is no integer, "no" is no truth value; an integer may stand for a float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    raise TypeError(f"expected {names[kind]}, not {value!r}")
+
+
+def _problems(error: BaseException, path: str = "") -> list[str]:
+    """One sentence for each leaf of the tree of exceptions, with the key it concerns."""
+    if isinstance(error, cattrs.BaseValidationError):
+        found: list[str] = []
+        for inner in error.exceptions:
+            found += _problems(inner, _extend(path, getattr(inner, "__notes__", [])))
+        return found
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return [f"unknown key {_dotted(path, key)}" for key in sorted(error.extra_fields)]
+    if isinstance(error, KeyError):
+        return [f"{_dotted(path, str(error.args[0]))} is missing"]
+    if isinstance(error, TypeError | ValueError):
+        return [f"{path}: {error}" if path else str(error)]
+    return [f"{path}: {format_exception(error, object)}"]
+
+
+def _extend(path: str, notes: list[Any]) -> str:
+    for note in notes:
+        if match := re.search(r"attribute (\w+)$", str(note)):
+            return _dotted(path, match.group(1))
+    return path
+
+
+def _dotted(path: str, key: str) -> str:
+    # A missing key's own note already names it.
+    return path if path.endswith(f".{key}") or path == key else f"{path}.{key}".lstrip(".")
