@@ -17,13 +17,13 @@ from epigram.errors import UserError
 from epigram.model.gpt import GPT
 from epigram.optim.base import restore
 from epigram.run import checkpoint
-from epigram.run.adapt import Adaptation, OverTimeError, beside
+from epigram.run.adapt import OverTimeError, beside
 from epigram.run.budget import timed
-from epigram.run.export import over_budget, quantize
+from epigram.run.export import Quantized, over_budget, quantize
 from epigram.run.fit import pack_to_fit
 from epigram.run.machine import computing, environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord
-from epigram.run.score import score_split
+from epigram.run.score import adaptation_after, score_split
 from epigram.run.setup import CACHE, Losses, Session, build_model, build_session, check_fit, scoring_losses, state_of
 from epigram.run.size import forecast_bytes
 from epigram.run.space import check_room
@@ -158,40 +158,10 @@ def finish_run(
     first = config.score.method(config.score.methods[0])
     score = partial(score_split, losses, data, context=context, batch_tokens=config.score.batch_tokens)
     record.score("float", first.name, score(first))
-    times: dict[str, float] = {}
     path = record.folder / ARTIFACT
     with collectives.together(context):
         if context.is_main:
-            with timed(times, "pack_s"):
-                packed_file = pack_to_fit(
-                    path,
-                    config,
-                    model,
-                    quantized.hessians,
-                    (quantized.stored, quantized.report),
-                    data.tokenizer,
-                    quantized.source.to_dict(),
-                    data.transform,
-                )
-            report = packed_file.sizes
-            if packed_file.trials > 1:
-                found = f"steps times {packed_file.factor:.4f}, {packed_file.trials} files written"
-                record.log(f"over the cap as configured: {found}")
-            record.update(
-                # Quantizing again is part of training, like the first time.
-                quantize_s=round(quantized.quantize_s + packed_file.quantize_s, 3),
-                pack_s=round(times["pack_s"] - packed_file.quantize_s, 3),
-                quantization=packed_file.report.to_dicts(),
-                shrink_factor=packed_file.factor,
-                artifact_bytes=report.total_bytes,
-                artifact_sha256=sha256_of(path),
-                code_bytes=config.artifact.code_bytes,
-                total_bytes=report.total_bytes + config.artifact.code_bytes,
-                cap_bytes=config.artifact.cap_bytes,
-                sizes=report.rows(),
-                bits_per_weight=report.bits_per_weight,
-                over_model=report.over_model,
-            )
+            _pack(path, config, model, quantized, data, record)
     packed = load_model(path, str(context.device), tokenizer=data.tokenizer)
     # What is scored are the weights of the file; the graph that scored the float model serves again.
     model.load_state_dict(packed.gpt.state_dict())
@@ -210,20 +180,46 @@ def finish_run(
         log_summary(record)
 
 
+def _pack(path: Path, config: Config, model: GPT, quantized: Quantized, data: DataFolder, record: RunRecord) -> None:
+    """Write the artifact, which may take quantizing again; times, sizes and bits go into the record."""
+    times: dict[str, float] = {}
+    with timed(times, "pack_s"):
+        packed = pack_to_fit(
+            path,
+            config,
+            model,
+            quantized.hessians,
+            (quantized.stored, quantized.report),
+            data.tokenizer,
+            quantized.source.to_dict(),
+            data.transform,
+        )
+    if packed.trials > 1:
+        record.log(f"over the cap as configured: steps times {packed.factor:.4f}, {packed.trials} files written")
+    sizes = packed.sizes
+    record.update(
+        # Quantizing again is part of training, like the first time.
+        quantize_s=round(quantized.quantize_s + packed.quantize_s, 3),
+        pack_s=round(times["pack_s"] - packed.quantize_s, 3),
+        quantization=packed.report.to_dicts(),
+        shrink_factor=packed.factor,
+        artifact_bytes=sizes.total_bytes,
+        artifact_sha256=sha256_of(path),
+        code_bytes=config.artifact.code_bytes,
+        total_bytes=sizes.total_bytes + config.artifact.code_bytes,
+        cap_bytes=config.artifact.cap_bytes,
+        sizes=sizes.rows(),
+        bits_per_weight=sizes.bits_per_weight,
+        over_model=sizes.over_model,
+    )
+
+
 def _score_adapting(
     config: Config, model: GPT, losses: Losses, data: DataFolder, context: Context, record: RunRecord
 ) -> None:
     """The score of a model that learns meanwhile, in what the other scores left of the time; or why there is none."""
     rows = record.result["scores"]["quantized"]
-    left_s = config.budget.score_s - sum(row["score_s"] for row in rows.values())
-    adaptation = Adaptation(
-        config=config.score.adapt,
-        model=model,
-        losses=losses,
-        context=context,
-        bos_id=data.tokenizer.bos_id,
-        limit_s=collectives.from_main(context, left_s),
-    )
+    adaptation = adaptation_after(rows, config.budget.score_s, config.score.adapt, model, losses, data, context)
     size = config.score.batch_tokens
     if nothing := config.score.adapt.nothing_learned(len(data.stream("val")) - 1):
         record.log(f"warning: {nothing}")

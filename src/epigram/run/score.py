@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -118,9 +118,7 @@ def score_model(
         model, data = open_both(path, data_path, context)
         seq_len = seq_len or model.context_len
         num_targets = len(data.stream(split)) - 1
-        nothing = adapt.nothing_learned(min(max_tokens or num_targets, num_targets))
-        if problems := [*adapt.problems(seq_len), *filter(None, [nothing])]:
-            raise UserError("; ".join(problems))
+        _require_learning(adapt, seq_len, min(max_tokens or num_targets, num_targets))
         work = replace(scoring_work(seq_len, batch_tokens), backward=adapt.kind == "sgd")
         losses = losses_for_scoring(model.gpt, context, work)
         rows: dict[str, Any] = {}
@@ -148,15 +146,7 @@ def score_model(
             rows[name] = score_one(method)
             _print_score(name, rows[name], context)
         if adapts:
-            left_s = limit_s - sum(row["score_s"] for row in rows.values())
-            adaptation = Adaptation(
-                config=adapt,
-                model=model.gpt,
-                losses=losses,
-                context=context,
-                bos_id=data.tokenizer.bos_id,
-                limit_s=collectives.from_main(context, left_s),
-            )
+            adaptation = adaptation_after(rows, limit_s, adapt, model.gpt, losses, data, context)
             name, method = adaptation.name, _method("sliding", seq_len, stride)
             if with_probes:
                 findings[name] = probe_adapted(adaptation, data, method, batch_tokens=size, split=split)
@@ -169,6 +159,34 @@ def score_model(
         found = {name: [asdict(finding) for finding in some] for name, some in findings.items()}
         more = {"probes": found} if with_probes else {}
         return {"model": str(path), "data": data_path, "split": split, "scores": rows, **more}
+
+
+def adaptation_after(
+    rows: Mapping[str, Mapping[str, Any]],
+    limit_s: float,
+    config: AdaptConfig,
+    model: GPT,
+    losses: Losses,
+    data: DataFolder,
+    context: Context,
+) -> Adaptation:
+    """How the model is scored while it learns, in what the scores in `rows` have left of limit_s, by rank 0's clock."""
+    left_s = limit_s - sum(row["score_s"] for row in rows.values())
+    return Adaptation(
+        config=config,
+        model=model,
+        losses=losses,
+        context=context,
+        bos_id=data.tokenizer.bos_id,
+        limit_s=collectives.from_main(context, left_s),
+    )
+
+
+def _require_learning(adapt: AdaptConfig, seq_len: int, num_targets: int) -> None:
+    """Raise UserError for settings that cannot be, or by which nothing would be learned."""
+    nothing = adapt.nothing_learned(num_targets)
+    if problems := [*adapt.problems(seq_len), *filter(None, [nothing])]:
+        raise UserError("; ".join(problems))
 
 
 def _method(name: str, seq_len: int, stride: int | None, streaming: StreamingConfig | None = None) -> Method:
