@@ -1,7 +1,9 @@
 """What README.md tells a user to type is what the program takes."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
@@ -61,15 +63,32 @@ def test_every_command_is_in_its_table():
 
 def test_the_python_example_runs(finished: Path, tmp_path: Path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    folder = tmp_path / "runs" / "demo"
-    folder.mkdir(parents=True)
-    (folder / "model.epigram").write_bytes((finished / "model.epigram").read_bytes())
+    older, newest = (tmp_path / "runs" / f"demo-20260101-00000{second}" for second in (1, 2))
+    older.mkdir(parents=True)
+    shutil.copytree(finished, newest)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     model = epigram.load(finished)
     assert str(model.score("Return a copy of the object.").bpb) in printed
     assert f"torch.Size([{len(model.tokenizer.encode('def')) + 1}, 512])" in printed
+
+
+def test_its_figures_of_the_demo_are_those_of_the_committed_run():
+    result = json.loads((Path(__file__).parents[2] / "docs" / "results" / "demo" / "result.json").read_text("utf-8"))
+    packed, whole = result["scores"]["quantized"], result["scores"]["float"]
+    compressed = {row["label"]: row["bpb"] for row in result["compressors"]}
+    expected = {
+        f"packed model of {result['artifact_bytes']:,} bytes, sliding window": [packed["sliding"]["val_bpb"]],
+        "epigram, packed model, blocks": [packed["blocks"]["val_bpb"]],
+        "epigram, float model, blocks": [whole["blocks"]["val_bpb"]],
+    }
+    for name in ("brotli 11", "xz -9e", "zstd -19"):
+        expected[f"{name}, alone"] = [compressed[f"{name}, alone"], compressed[f"{name}, primed"]]
+    for label, scores in expected.items():
+        (line,) = [line for line in README.splitlines() if line.startswith("|") and label in line]
+        assert re.findall(r"\b\d\.\d{3}\b", line) == [f"{score:.3f}" for score in scores], label
+    assert f"{result['train_s']:.0f} s of it training" in README
 
 
 def test_the_files_it_points_to_exist():
