@@ -52,7 +52,7 @@ from epigram.run.train import compute_step, gamma_of, lane_step
 
 FEWEST = 3  # repeats of anything
 RATE, MOMENTUM = 0.01, 0.95
-LEAD, MOST_LEAD_MS = 1.5, 250.0  # of a host before its device: times what it needs for the launches; but no more
+LEAD, MOST_LEAD_MS = 1.5, 250.0  # what a device does meanwhile, times what its host needs for launches; at most
 PROBE_CYCLES = 1_000_000  # half a millisecond
 WAITS = {"sum": "first message", "norm": "norm of the average", "scatter": "gradients of banks",
          "gather": "updates of banks"}  # fmt: skip

@@ -128,7 +128,7 @@ def shortfalls(config: ScheduleConfig, num_steps: int) -> Iterator[str]:
     made_for = f", as in the {whole:,} steps that the recipe was made for" if whole else ""
     warmdown, rise = config.warmdown_steps, config.momentum_warmup_steps
     share = min(warmdown / whole, 1.0) if whole else _USUAL_WARMDOWN
-    if warmdown > max(LONGEST_WARMDOWN, _NEARLY * share) * num_steps and config.min_lr < 1:
+    if warmdown > _limit(LONGEST_WARMDOWN, share) * num_steps and config.min_lr < 1:
         if warmdown > num_steps:
             start = _percent(max(num_steps / warmdown, config.min_lr))
             trouble = f"longer than {room}: the learning rates never reach their full values, but start at {start}"
@@ -139,12 +139,17 @@ def shortfalls(config: ScheduleConfig, num_steps: int) -> Iterator[str]:
             f"--set schedule.warmdown_frac={share:.2g}{made_for}"
         )
     share = min(rise / whole, 1.0) if whole else _USUAL_RISE
-    if rise > max(LONGEST_RISE, _NEARLY * share) * num_steps and config.momentum_start != config.momentum_end:
+    if rise > _limit(LONGEST_RISE, share) * num_steps and config.momentum_start != config.momentum_end:
         size = "longer than" if rise > num_steps else f"{_percent(rise / num_steps)} of"
         yield (
             f"schedule.momentum_warmup_steps = {rise:,} is {size} {room}: Muon's momentum rises for too long; "
             f"try --set schedule.momentum_warmup_steps={int(share * num_steps)}{made_for}"
         )
+
+
+def _limit(usual: float, share: float) -> float:
+    """Of a run, what is not yet too much for a recipe made for `share` of it: never more than the whole run."""
+    return min(max(usual, _NEARLY * share), 1.0)
 
 
 def _percent(share: float) -> str:
