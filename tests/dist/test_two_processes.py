@@ -55,6 +55,24 @@ def train_two(script: str, folder: Path, data_path: Path, run: Path) -> list[tup
     return run_two(script, folder, *arguments)
 
 
+MOST_S = 30.0  # from a fault on one process to the end of the last one
+FAULT_NOW = "fault_now = lambda: open(sys.argv[0] + '.fault', 'w').write(repr(__import__('time').time()))"
+
+
+def seconds_since_fault(folder: Path) -> float:
+    """To be called when all processes have ended; the script called `fault_now` when the fault came."""
+    return time.time() - float((folder / "script.py.fault").read_text())
+
+
+def said_at_the_end(script: str, folder: Path, data_path: Path, run: Path) -> str:
+    """What both processes of a training with a fault say, which end soon after it and as after an error."""
+    found = train_two(script, folder, data_path, run)
+    assert seconds_since_fault(folder) < MOST_S
+    assert [code for code, _, _ in found] == [2, 2]
+    assert result_of(run)["status"] == "failed"
+    return "".join(errors for _, _, errors in found)
+
+
 def test_what_processes_tell_each_other(tmp_path: Path):
     script = """
         import torch
@@ -90,7 +108,6 @@ def test_what_processes_tell_each_other(tmp_path: Path):
             assert together([0]) == ("ValueError" if r == 0 else "LostPeerError")
             assert together([1]) == ("ValueError" if r == 1 else "LostPeerError")
             assert together([0, 1]) == "ValueError"
-            assert together([]) == "well", "and they can go on"
             news_s, watch._NEWS_S = watch._NEWS_S, 0.1
             try:
                 collectives.begin_sum(context, [torch.ones(2, dtype=torch.uint16)]).wait()
@@ -99,6 +116,7 @@ def test_what_processes_tell_each_other(tmp_path: Path):
             else:
                 raise AssertionError("gloo can add these")
             watch._NEWS_S = news_s
+            assert together([]) == "well", "and they can go on"
             if r == 1:
                 raise SystemExit(5)
             for call in (lambda: collectives.begin_gather(context, torch.ones(2)).wait(),
@@ -223,13 +241,9 @@ def test_a_loss_that_is_no_number_on_one_ends_both_in_that_step(data_path: Path,
         main()
     """
     run = tmp_path / "run"
-    found = train_two(script, tmp_path, data_path, run)
-    assert seconds_since_fault(tmp_path) < MOST_S
-    assert [code for code, _, _ in found] == [2, 2]
-    said = "".join(errors for _, _, errors in found)
+    said = said_at_the_end(script, tmp_path, data_path, run)
     assert said.count("step 4 gave a loss of nan and a gradient norm of nan in lane ") == 1, "one message"
     assert said.count("epigram: ") == 1
-    assert result_of(run)["status"] == "failed"
     assert "step 4 gave a loss of nan" in result_of(run)["reason"]
 
 
@@ -256,22 +270,9 @@ def test_a_bit_that_flips_in_one_process_stops_both(data_path: Path, tmp_path: P
         main()
     """
     run = tmp_path / "run"
-    found = train_two(script, tmp_path, data_path, run)
-    assert seconds_since_fault(tmp_path) < MOST_S
-    assert [code for code, _, _ in found] == [2, 2]
-    said = "".join(errors for _, _, errors in found)
+    said = said_at_the_end(script, tmp_path, data_path, run)
     assert said.count("epigram: ") == 1
     assert "the processes' weights are no longer equal (banks.up on rank 1)" in said
-    assert result_of(run)["status"] == "failed"
-
-
-MOST_S = 30.0  # from a fault on one process to the end of the last one
-FAULT_NOW = "fault_now = lambda: open(sys.argv[0] + '.fault', 'w').write(repr(__import__('time').time()))"
-
-
-def seconds_since_fault(folder: Path) -> float:
-    """To be called when all processes have ended; the script called `fault_now` when the fault came."""
-    return time.time() - float((folder / "script.py.fault").read_text())
 
 
 FAULTS = {

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from epigram.errors import UserError
-
 FLOAT16_BITS = 13.0  # of a trained float16 control value behind byte shuffle and brotli
 SCALE_BITS = 10.0  # of a row's float16 scale, likewise; next to nothing where a floor makes all scales equal
 HEADER_BYTES = 1200
@@ -44,11 +42,6 @@ class CapCheck:
             return f"{parts}, no cap"
         side = "under" if self.fits else "over"
         return f"{parts}, {abs(self.margin_bytes):,} {side} the cap of {self.cap_bytes:,}"
-
-    def require(self) -> None:
-        """Raise UserError if the cap is exceeded."""
-        if not self.fits:
-            raise UserError(f"too large: {self}; use coarser steps, fewer parameters, or another cap")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,10 +105,6 @@ class Tokenizer:
         """Ids of `text` as at the start of a document, without BOS."""
         return self._encode_normalized(self._normalize(text)).tolist()
 
-    def encode_documents(self, texts: Iterable[str]) -> list[NDArray[np.uint16]]:
-        """One array for each text: the BOS and the text's ids."""
-        return [self.encode_document(text)[0] for text in texts]
-
     def encode_document(self, text: str) -> tuple[NDArray[np.uint16], bytes]:
         """The BOS and the ids of `text`, and the normalised text in UTF-8 that they stand for."""
         normalized = self.normalize(text)

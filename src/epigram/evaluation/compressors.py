@@ -41,11 +41,6 @@ class Baseline:
     whole_text_bytes: int
     primer_bytes: int
 
-    @property
-    def is_sample(self) -> bool:
-        """Only a part of the text was compressed."""
-        return self.text_bytes < self.whole_text_bytes
-
     def as_dict(self) -> dict[str, str | int | float]:
         """As a row of result.json."""
         return asdict(self)

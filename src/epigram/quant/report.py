@@ -65,11 +65,6 @@ class QuantReport:
     rows: tuple[ClassRow, ...]
     redamped: tuple[str, ...] = ()
 
-    @property
-    def entropy_bytes(self) -> float:
-        """Bytes of all codes and float16 values at their order-0 entropy; scales come on top."""
-        return sum(row.weights * row.entropy_bits for row in self.rows) / 8
-
     def to_dicts(self) -> list[dict[str, object]]:
         """The rows as plain values, for JSON."""
         return [asdict(row) for row in self.rows]

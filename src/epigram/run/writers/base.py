@@ -10,7 +10,6 @@ A writer is one file in this folder with a class `Writer`:
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 PACKAGE = "epigram.run.writers"
@@ -24,12 +23,6 @@ class MetricsWriter(Protocol):
     def write(self, row: Row) -> None: ...
 
     def close(self, result: Mapping[str, Any]) -> None: ...
-
-
-class WriterFactory(Protocol):
-    """The class `Writer` of a writer's file."""
-
-    def __call__(self, folder: Path, name: str, config: Mapping[str, Any]) -> MetricsWriter: ...
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
