@@ -184,8 +184,8 @@ class Claim:
 
     columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong
     into it, by what they are called there. reference: published rows, by column. baseline: the experiment that others
-    are compared with, by the score `compare`; target: the published one. plot: one of "bars", "bytes" (against bits per
-    byte), "curve" (over the time), "steps" (of kind bench).
+    are compared with, by the score `compare`; target: the published one, over target_bytes of text. plot: one of
+    "bars", "bytes" (against bits per byte), "curve" (over the time), "steps" (of kind bench).
     """
 
     name: str
@@ -196,6 +196,7 @@ class Claim:
     baseline: str = ""
     compare: str = ""
     target: float = 0.0
+    target_bytes: int = 0
     columns: tuple[str, ...] = ()
     also: dict[str, str] = field(default_factory=dict)
     reference: tuple[dict[str, str], ...] = ()
