@@ -31,6 +31,8 @@ KINDS = ("train", "whole", "bench")
 BASE = "base"
 """The variant that every trained cell has: exported as configured."""
 
+_PLAIN = {'run.kernels="plain"', 'run.compile="off"', 'run.attention="sdpa"'}
+
 _SPEC = re.compile(r"(blocks|sliding|streaming|sgd|lora)@(\d+)(?:/(\d+))?(?::(\d+))?$")
 
 
@@ -153,6 +155,13 @@ class Cell:
     def can_pause(self) -> bool:
         """Whether it can be stopped in training and go on later, in another process on the same machine."""
         return self.experiment.kind != "bench"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own operators do all of it, so that it needs nothing that is compiled for all cells."""
+        own = self.experiment
+        scores = [*own.scores, *own.float_scores, *(spec for variant in own.variants for spec in variant.scores)]
+        return own.kind != "bench" and not scores and set(self.settings) >= _PLAIN
 
     @property
     def exports(self) -> tuple[Variant, ...]:
