@@ -130,15 +130,15 @@ def _intro(plan: Plan) -> str:
     short = " ".join(f"--set {shlex.quote(setting)}" for setting in plan.defaults)
     return f"""## Claims and questions
 
-Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result
-of every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. Where a command
-may take ten minutes, `run --data two=data/two --data two-8192=data/two-8192 ... --seconds 560 --archive evidence.tgz
+Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result of
+every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. Where a command may take
+ten minutes, `run --data two=data/two --data two-8192=data/two-8192 ... --seconds 560 --archive evidence.tgz
 --goes-on` does the most important ones first, and the same command, given again on that machine, goes on with what it
-had begun. A mean over several seeds stands with its standard deviation. A negative difference is a better score; it is tested seed by seed as by
-`epigram compare`, and one seed shows a difference but proves none. Scores are on the validation file, on which
-settings were also chosen. Data folder `two-N` is `epigram data build train-00.jsonl.zst train-01.jsonl.zst --val
-val.jsonl.zst --tokenizer fineweb_N_bpe.model`, `two` the one of 1,024 pieces, and `three` has `train-02.jsonl.zst` too.
-In the commands, SEED is each of the row's, and
+had begun. A mean over several seeds stands with its standard deviation. A negative difference is a better score; it
+is tested seed by seed as by `epigram compare`, and one seed shows a difference but proves none. Scores are on the
+validation file, on which settings were also chosen. Data folder `two-N` is `epigram data build train-00.jsonl.zst
+train-01.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_N_bpe.model`, `two` the one of 1,024 pieces, and `three`
+has `train-02.jsonl.zst` too. In the commands, SEED is each of the row's, and
 
 ```
 SHORT=({short})
