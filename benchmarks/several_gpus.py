@@ -5,13 +5,15 @@ Steps on made-up tokens, as in training. Measured, and written to FILE as JSON b
 - the step: time, tokens a second, peak memory of each process;
 - each lane's forward and backward, on the process that has it;
 - how long each process waits for messages in a step: for the first one, which is also the wait for whoever has the
-  longer lanes, for the gradients of banks, and for their updates;
+  longer lanes, for the gradients of banks, for the norm of the average where no lane is clipped, and for the updates;
 - each collective alone, at the sizes of the banks: time, and GB/s sent by each process;
 - the update (all that follows the lanes) with Muon shared, and as it would be with one message of all gradients and
   all of Muon in every process.
 
-With NCCL on CUDA, where times are those between marks in the device's queue, else with gloo. After compilation it takes
-about as long as --seconds says.
+With NCCL on CUDA, where times are those between marks in the device's queue, else with gloo. What is measured alone is
+queued behind other work, so that no host, however slow at launching kernels, makes a device wait between the marks, and
+behind a message, so that no process waits for another to begin. After compilation it takes about as long as --seconds
+says.
 
     torchrun --standalone --nproc-per-node 8 benchmarks/several_gpus.py pr1212 --out eight.json
     torchrun --standalone --nproc-per-node 2 benchmarks/several_gpus.py smoke --out two.json --device cpu
@@ -50,6 +52,11 @@ from epigram.run.train import compute_step, gamma_of, lane_step
 
 FEWEST = 3  # repeats of anything
 RATE, MOMENTUM = 0.01, 0.95
+LEAD, MOST_LEAD_MS = 1.5, 250.0  # what a device does meanwhile, times what its host needs for launches; at most
+PROBE_CYCLES = 1_000_000  # half a millisecond
+WAITS = {"sum": "first message", "norm": "norm of the average", "scatter": "gradients of banks",
+         "gather": "updates of banks"}  # fmt: skip
+"""What is waited for, by the message that brings it."""
 
 
 class Marks:
@@ -78,16 +85,38 @@ class Marks:
         return found
 
 
+def keep_busy(context: Context, ms: float) -> None:
+    """Give the device about `ms` to do, while the host goes on; nothing on a CPU, which is its own host."""
+    if context.device.type != "cuda":
+        return
+    # Cycles of the clock that the chip has at the moment, so they are timed first.
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda._sleep(PROBE_CYCLES)
+    end.record()
+    end.synchronize()
+    torch.cuda._sleep(int(PROBE_CYCLES * ms / start.elapsed_time(end)))
+
+
 def times_ms(context: Context, work: Callable[[], Any], seconds: float) -> list[float]:
-    """Of `work`, again and again for about `seconds`, as often in every process; all of them call it."""
+    """Of `work`, again and again for about `seconds`, as often in every process; all of them call it.
+
+    On CUDA the time that the device needs for it when all is queued that it consists of; `work` must not wait for the
+    device. All processes' devices begin together.
+    """
     work()
     context.synchronize()
     start_s = time.perf_counter()
     work()
+    launched_s = time.perf_counter() - start_s
     context.synchronize()
-    once_s = collectives.largest(context, [time.perf_counter() - start_s])[0]
-    marks = Marks(context)
-    for _ in range(max(FEWEST, min(200, int(seconds / once_s)))):
+    once_s, launched_s = collectives.largest(context, [time.perf_counter() - start_s, launched_s])
+    lead_ms = min(1 + LEAD * 1000 * launched_s, MOST_LEAD_MS) if context.device.type == "cuda" else 0.0
+    marks, token = Marks(context), torch.zeros((), device=context.device)
+    for _ in range(max(FEWEST, min(200, int(seconds / (once_s + lead_ms / 1000))))):
+        context.synchronize()  # or the queue fills up, and memory with what is still to be sent
+        keep_busy(context, lead_ms)
+        collectives.summed(context, token)
         start = marks.now()
         work()
         marks.since(start, "work")
@@ -139,11 +168,11 @@ def measure_waits(engine: Engine, batches: list[Tensor], count: int, step_ms: fl
     context, marks = engine.context, Marks(engine.context)
     kinds: dict[int, str] = {}
     wait, begin = Message.wait, {name: getattr(collectives, f"begin_{name}") for name in ("sum", "scatter", "gather")}
-    names = {"sum": "first message", "scatter": "gradients of banks", "gather": "updates of banks"}
 
-    def begun(name: str, *arguments: Any) -> Message:
-        message = begin[name](*arguments)
-        kinds[id(message)] = names[name]
+    def begun(name: str, context: Context, sent: Any) -> Message:
+        message = begin[name](context, sent)
+        # The first message has losses and norms of lanes with it; one number alone is what the norms are summed up by.
+        kinds[id(message)] = WAITS["norm" if name == "sum" and sum(t.numel() for t in sent) == 1 else name]
         return message
 
     def timed(message: Message) -> Tensor:
@@ -166,9 +195,9 @@ def measure_waits(engine: Engine, batches: list[Tensor], count: int, step_ms: fl
         Message.wait = wait  # type: ignore[method-assign]
         for name, function in begin.items():
             setattr(collectives, f"begin_{name}", function)
-    own = [sum(found.get(name, [])) / count for name in names.values()]
+    own = [sum(found.get(name, [])) / count for name in WAITS.values()]
     rows = of_all(context, own)
-    return [{**dict(zip(names.values(), row, strict=True)), "share of the step": sum(row) / step_ms} for row in rows]
+    return [{**dict(zip(WAITS.values(), row, strict=True)), "share of the step": sum(row) / step_ms} for row in rows]
 
 
 def measure_collectives(engine: Engine, seconds: float) -> list[dict[str, Any]]:

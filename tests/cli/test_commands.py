@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -290,3 +291,26 @@ def test_going_on(shell: Shell, data_path: Path, finished: Path, tmp_path: Path)
     assert document(found)["steps"] == 9
     (run / "result.json").unlink()
     assert shell("train", "--resume", run, "--until", "train").code == 0
+
+
+def test_a_model_that_rounding_destroys_is_mended_by_the_command_that_the_run_names(
+    shell: Shell, data_path: Path, tmp_path: Path
+):
+    """A floor far above all weights leaves codes of zero."""
+    run = tmp_path / "a run"
+    floor = ("--set", "quant.grid.clip=search", "--set", "quant.grid.floor=40.0")
+    trained = shell("train", "smoke", "--data", data_path, "--out", run, "--device", "cpu", *SETTINGS, *floor)
+    assert trained.code == 0, trained.err
+    (warning,) = (line for line in trained.out.splitlines() if "rounding the weights cost" in line)
+    assert warning.startswith("warning: ")
+    assert warning in (run / "log.txt").read_text().splitlines()
+    assert "in 100 % of its rows quant.grid.floor sets the step" in warning
+    epigram, *arguments = shlex.split(warning[warning.rindex("epigram export") :])
+    assert (epigram, arguments[:2]) == ("epigram", ["export", str(run)])
+    exported = shell(*arguments)
+    assert exported.code == 0, exported.err
+    assert "rounding the weights cost" not in exported.out
+    before, after = result_of(run)["scores"], result_of(run / "export-1")["scores"]
+    assert after["float"]["blocks"]["val_nats"] == before["float"]["blocks"]["val_nats"], "the same weights"
+    assert before["quantized"]["blocks"]["val_bpb"] > before["float"]["blocks"]["val_bpb"] + 0.5
+    assert after["quantized"]["blocks"]["val_bpb"] < after["float"]["blocks"]["val_bpb"] + 0.01

@@ -2,11 +2,17 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from epigram.dist.context import Context
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TIMEOUT_S = 180
@@ -24,10 +30,11 @@ def run(*command: object) -> str:
 
 
 @pytest.mark.slow
-def test_a_step_on_several_is_taken_apart(tmp_path: Path):
+@pytest.mark.parametrize("clip", ["lane", "global"])
+def test_a_step_on_several_is_taken_apart(tmp_path: Path, clip: str):
     out = tmp_path / "found.json"
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", BENCHMARKS / "several_gpus.py", *SMALL,
-        "--out", out)  # fmt: skip
+        "--out", out, "--set", f"gradients.clip={clip}")  # fmt: skip
     found = json.loads(out.read_text())
     assert (found["processes"], found["tokens_per_step"]) == (2, 32 + 32 + 64)
     assert found["tokens_per_s"] * found["step_ms"] == pytest.approx(1000 * found["tokens_per_step"])
@@ -38,6 +45,8 @@ def test_a_step_on_several_is_taken_apart(tmp_path: Path):
     for row in found["waits_ms"]:
         parts = [row[name] for name in ("first message", "gradients of banks", "updates of banks")]
         assert all(part > 0 for part in parts)
+        assert (row["norm of the average"] > 0) == (clip == "global")
+        parts.append(row["norm of the average"])
         assert row["share of the step"] * found["step_ms"] == pytest.approx(sum(parts))
     up = [row for row in found["collectives"] if row["bank"] == "banks.up"]
     assert {row["what"]: row["bytes"] for row in up} == dict.fromkeys(
@@ -48,6 +57,77 @@ def test_a_step_on_several_is_taken_apart(tmp_path: Path):
         assert row["sent_gb_per_s"] * row["ms"] * 1e6 == pytest.approx(sent)
     assert found["update"]["shared_ms"] > 0
     assert found["update"]["in_full_ms"] > 0
+
+
+LATE_HOSTS = """
+    import json, sys, time
+    import torch
+    sys.path.insert(0, sys.argv[1])
+    import several_gpus
+    from epigram.dist import collectives
+    from epigram.dist.context import open_context
+
+    with open_context("cpu") as context:
+        several_gpus.keep_busy = lambda context, ms: time.sleep(0.1 * context.rank)
+        sent = torch.ones(8)
+        found = several_gpus.times_ms(context, lambda: collectives.summed(context, sent), 0.0)
+        print(json.dumps([context.rank, found]))
+"""
+
+
+def test_no_process_is_charged_for_one_that_begins_late(tmp_path: Path):
+    """The second comes a tenth of a second after the first, each time."""
+    (tmp_path / "late.py").write_text(textwrap.dedent(LATE_HOSTS))
+    said = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "late.py", BENCHMARKS)
+    times_ms = dict(json.loads(line) for line in said.splitlines())
+    assert {rank: len(found) for rank, found in times_ms.items()} == {0: 3, 1: 3}
+    assert statistics.median(times_ms[0]) < 50
+
+
+def test_a_device_is_kept_busy_by_the_clock_that_it_has(monkeypatch: pytest.MonkeyPatch):
+    """A chip whose million cycles take 0.625 ms (1.6 GHz) spins 16 million for 10 ms; a CPU does nothing."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import several_gpus
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return several_gpus.PROBE_CYCLES / 1.6e6
+
+    cycles: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    several_gpus.keep_busy(Context(), 10.0)
+    assert cycles == []
+    several_gpus.keep_busy(Context(device=torch.device("cuda", 0)), 10.0)
+    assert cycles == [several_gpus.PROBE_CYCLES, 16_000_000]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_host_that_is_slow_at_launching_does_not_count(monkeypatch: pytest.MonkeyPatch):
+    """Forty launches with half a millisecond of the host between them: work of some microseconds for the device."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from several_gpus import times_ms
+
+    x = torch.zeros(1024, device="cuda")
+
+    def work() -> None:
+        for _ in range(40):
+            time.sleep(0.0005)
+            x.add_(1.0)
+
+    found = times_ms(Context(device=torch.device("cuda", 0)), work, 1.0)
+    assert len(found) >= 3
+    assert statistics.median(found) < 2, "the host takes 20"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Schedules at published points and by their properties."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epigram.errors import UserError
-from epigram.optim.schedule import ScheduleConfig, lr_multiplier, mile_gamma, muon_momentum, qat_active
+from epigram.optim.schedule import ScheduleConfig, lr_multiplier, mile_gamma, muon_momentum, qat_active, shortfalls
 
 PUBLISHED = ScheduleConfig(warmdown_steps=4000, momentum_warmup_steps=1500, mile_peak=0.75, qat_threshold=0.15)
 
@@ -102,6 +103,50 @@ def test_quantization_aware_training_ignores_the_warmup() -> None:
     assert not qat_active(first, 0, config)
     assert qat_active(0.1, 100, config)
     assert not qat_active(0.0, 8000, replace(config, qat_threshold=0.0))
+
+
+def test_schedules_that_a_short_run_has_no_room_for() -> None:
+    """The published system for 240 s on two GPUs: 1,141 steps instead of 8,430."""
+    published = replace(PUBLISHED, made_for_steps=8430)
+    rates, momentum = shortfalls(published, 1141)
+    assert rates == (
+        "schedule.warmdown_steps = 4,000 is longer than what the budget has time for, about 1,141 steps: the learning "
+        "rates never reach their full values, but start at 28.5 %; try --set schedule.warmdown_steps=0 --set "
+        "schedule.warmdown_frac=0.47, as in the 8,430 steps that the recipe was made for"
+    )
+    assert "momentum_warmup_steps = 1,500 is longer than what the budget has time for, about 1,141 steps:" in momentum
+    assert "--set schedule.momentum_warmup_steps=203, as in the 8,430 steps" in momentum
+    assert list(shortfalls(published, 8430)) == []
+    rates, momentum = shortfalls(published, 4395)
+    assert "is 91 % of what the budget has time for, about 4,395 steps: the learning rates are full for a" in rates
+    assert "is 34.1 % of what the budget has time for" in momentum
+    assert list(shortfalls(published, 4500)) == [], "a warm-down of 89 %, a rise of 33.3 %"
+    rates, momentum = shortfalls(replace(PUBLISHED, min_lr=0.1), 40)
+    assert "start at 10 %; try --set schedule.warmdown_steps=0 --set schedule.warmdown_frac=0.5" in rates
+    assert momentum.endswith("try --set schedule.momentum_warmup_steps=6"), "a sixth, where the recipe says nothing"
+    still = ScheduleConfig(warmdown_steps=4000, momentum_warmup_steps=1500, min_lr=1.0, momentum_start=0.985)
+    assert list(shortfalls(still, 40)) == [], "nothing falls, nothing rises"
+
+
+@given(config=configs(warmup=False), num_steps=st.integers(2, 400), made_for=st.integers(0, 500))
+def test_what_is_said_of_a_short_run_is_so_and_what_is_advised_mends_it(
+    config: ScheduleConfig, num_steps: int, made_for: int
+) -> None:
+    config = replace(config, made_for_steps=made_for)
+    said = " ".join(shortfalls(config, num_steps))
+    if start := re.search(r"start at ([\d.]+) %", said):
+        begun = lr_multiplier(1e-9, 1, num_steps * 1e-9, config)  # after one step, when one still has its share
+        assert begun < 1
+        assert float(start[1]) / 100 == pytest.approx(max(begun, config.min_lr), abs=1e-3 + 1 / config.warmdown_steps)
+    elif config.warmdown_steps and config.min_lr < 1:
+        assert config.warmdown_steps <= num_steps
+    advised = {key: float(value) for key, value in re.findall(r"--set schedule\.(\w+)=([\d.e-]+)", said)}
+    if rise := advised.pop("momentum_warmup_steps", None):
+        wanted = min(config.momentum_warmup_steps / made_for, 1) if made_for else 1 / 6
+        assert wanted * num_steps - 1 < rise <= wanted * num_steps < config.momentum_warmup_steps
+    if advised:
+        mended = replace(config, warmdown_steps=0, warmdown_frac=advised["warmdown_frac"])
+        assert "warmdown" not in " ".join(shortfalls(mended, num_steps))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,20 @@ def test_candidates_of_search_end_with_max_and_respect_the_floor() -> None:
     assert torch.equal(steps[-1, 2:], (weight[2:].abs().amax(1) / 31).half().float())
 
 
+@pytest.mark.parametrize(("clip", "qmax"), [("search", 31), ("max", 31), ("quantile", 127)])
+def test_the_rows_whose_step_is_that_of_the_floor(clip: str, qmax: int) -> None:
+    """A step of another row may be the same float16 by chance, but not in rows of these sizes."""
+    scales = torch.tensor([[0.01], [0.2], [0.28], [3], [9]])
+    weight = torch.randn(5, 300, generator=torch.Generator().manual_seed(1)).clamp(-3, 3) * scales
+    for floor, expected in ((1.0, [True, True, True, False, False]), (0.3, [True, False, False, False, False])):
+        grid = Grid(qmax, clip, floor=floor)
+        for step in grid.candidates(weight):
+            assert grid.at_floor(step.half()).tolist() == expected
+    assert not Grid(qmax, clip).at_floor(Grid(qmax, clip).candidates(weight).half()).any(), "there is none"
+    sigma = Grid(qmax, "sigma", sigma=qmax * 1.0)
+    assert not sigma.at_floor(sigma.candidates(weight).half()).any()
+
+
 def test_codes_round_to_the_nearest_and_stay_on_the_grid() -> None:
     grid = Grid(3, "max")
     weight = torch.tensor([[0.24, 0.26, -0.74, 1.6, -9.0]])

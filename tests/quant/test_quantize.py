@@ -105,6 +105,21 @@ def test_report_against_sums_in_float64(toy: Toy) -> None:
     assert json.loads(json.dumps(report.to_dicts()))[1]["tensor_class"] == "q"
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_report_tells_how_many_rows_the_floor_decides(toy: Toy, method: str) -> None:
+    """A floor that half of the rows of `up` stay below: all matrices of the bank count together."""
+    largest = toy.named["banks.up"].abs().amax(dim=-1)
+    floor = float(largest.flatten().median()) * 1.001
+    grid = GridConfig(clip="max", floor=floor)
+    _, report = quantize_model(toy.named, toy.roles, toy.hessians, QuantConfig(method=method, grid=grid))
+    rows = {row.tensor_class: row for row in report.rows}
+    assert rows["up"].floor_share == pytest.approx(float((largest < floor).double().mean()))
+    assert 0.4 < rows["up"].floor_share < 0.6
+    assert rows["control"].floor_share == 0
+    _, report = quantize_model(toy.named, toy.roles, toy.hessians, QuantConfig(grid=GridConfig(clip="sigma")))
+    assert {row.floor_share for row in report.rows} == {0}
+
+
 def test_gptq_is_better_by_the_hessian_and_rounding_by_the_plain_error(toy: Toy) -> None:
     _, ours = quantize_model(toy.named, toy.roles, toy.hessians, QuantConfig())
     _, nearest = quantize_model(toy.named, toy.roles, toy.hessians, QuantConfig(method="rtn"))

@@ -11,6 +11,7 @@ from run_helpers import result_of, rows_of, short
 from epigram.config import load_recipe, recipe_names
 from epigram.errors import UserError
 from epigram.model.gpt import GPT
+from epigram.optim.schedule import shortfalls
 from epigram.run.describe import describe, print_description
 from epigram.run.size import forecast_bytes
 
@@ -90,6 +91,34 @@ def test_what_eight_processes_of_pr1212_send(capsys):
     assert "nothing" in clipped[1]["behind"]
     wide = describe(load_recipe("pr1212", ["optim.muon.dtype=float32"]), 8)["wire"]
     assert wide[2]["sent_bytes"] == 7 * 4 * banks // 8, "updates travel as they are computed"
+
+
+def test_steps_that_lane_times_leave_room_for(capsys):
+    """By hand: each of two processes has at least half of 5 x 46.7 + 3 x 51.5 ms of lanes; 226 s of steps."""
+    measured = ["lanes.0.ms=46.7", "lanes.1.ms=51.5"]
+    assert describe(load_recipe("pr1212"))["steps"] is None, "operations are no milliseconds"
+    assert describe(load_recipe("pr1212"))["warnings"] == []
+    found = describe(load_recipe("pr1212", measured), 8)
+    assert found["steps"] == pytest.approx(586_000 / 51.5, rel=0.02)
+    assert found["warnings"] == []
+    found = describe(load_recipe("pr1212", [*measured, "budget.train_s=240"]), 2)
+    assert found["steps"] == pytest.approx(226_000 / 196.4, rel=0.02)
+    assert len(found["warnings"]) == 2
+    assert found["schedule"][1]["lr"] == pytest.approx(0.9 * found["steps"] / 4000, abs=1e-3), "and so the curve says"
+    print_description(found)
+    out = capsys.readouterr().out
+    assert "--set schedule.warmdown_steps=0 --set schedule.warmdown_frac=0.47" in out, "in one line, to be copied"
+    assert "--set schedule.momentum_warmup_steps=" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("smoke", 20), ("demo", 789), ("h100", 2681), ("h100", 8900), ("pr1212", 8400)]
+)
+def test_recipes_fit_the_runs_that_they_are_made_for(name: str, steps: int):
+    """Steps as measured (docs/results; demo and h100 for 180 and 600 s) or published."""
+    config = load_recipe(name)
+    assert list(shortfalls(config.schedule, steps)) == []
+    assert describe(config)["warnings"] == []
 
 
 def test_operations_of_a_token_are_those_that_torch_counts():

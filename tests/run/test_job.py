@@ -86,7 +86,8 @@ def test_the_forecast_comes_before_the_training(finished: Path):
 
 
 def test_a_forecast_over_the_cap_is_a_warning(data_path: Path, tmp_path: Path):
-    train_run(data_path, tmp_path / "run", "artifact.cap_bytes=50000", "budget.max_steps=1", until="train")
+    settings = ("artifact.cap_bytes=50000", "budget.max_steps=1", "schedule.momentum_warmup_steps=2")
+    train_run(data_path, tmp_path / "run", *settings, until="train")
     (warning,) = (line for line in log_of(tmp_path / "run") if line.startswith("warning:"))
     assert "% of the cap of 50,000; the run will probably end over it" in warning
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,46 @@ def test_measured_pace_is_real_whatever_drives_the_schedules(data: DataFolder, r
     assert [row["step_ms"] for row in rows] == pytest.approx([250.0] * 6)
     assert [row["tokens_per_s"] for row in rows] == pytest.approx([768 / 0.25] * 6)
     assert session.trained_s == 1.5
+    session.loader.close()
+
+
+LONG_WARMDOWN = ("schedule.warmdown_frac=0", "schedule.warmdown_steps=100", "schedule.momentum_warmup_steps=5")
+
+
+def warnings_of(record: RunRecord) -> list[tuple[str, str]]:
+    """The warnings in a log, each with the first word of the line before it."""
+    lines = ["", *(record.folder / "log.txt").read_text().splitlines()]
+    return [(before.split(" ")[0], line) for before, line in pairwise(lines) if line.startswith("warning:")]
+
+
+def test_a_warmdown_that_does_not_fit_is_told_once(data: DataFolder, record: RunRecord, monkeypatch):
+    """Ten seconds of steps of 0.25 s; the log of a run that goes on from step 20 says nothing more."""
+    session = make_session(data, *WALL, *LONG_WARMDOWN, "schedule.made_for_steps=200", "run.log_every=5")
+    monkeypatch.setattr(train, "save_checkpoint", lambda session, record: None)
+    fake_steps(monkeypatch, step_s=0.25)
+    train.train(session, record, dict)
+    assert session.step == 40
+    ((before, warning),) = warnings_of(record)
+    assert before.startswith("step:10/")
+    assert "warmdown_steps = 100 is longer than what the budget has time for, about 40 steps" in warning
+    assert "start at 40 %; try --set schedule.warmdown_steps=0 --set schedule.warmdown_frac=0.5, as in the" in warning
+    logged = {row["step"]: row["lr"] for row in rows_of(record.folder)}
+    assert logged[2] == pytest.approx(0.4, abs=0.02), "the schedule does what is said of it"
+    session.step, session.trained_s = 20, 5.0
+    train.train(session, record, dict)
+    assert session.step == 40
+    assert len(warnings_of(record)) == 1
+    session.loader.close()
+
+
+def test_a_number_of_steps_that_is_known_is_judged_at_the_start(data: DataFolder, record: RunRecord, monkeypatch):
+    """That the run is to end early changes nothing: its schedules are those of all steps."""
+    session = make_session(data, *LONG_WARMDOWN, "budget.steps=50", "budget.max_steps=12", "run.log_every=1")
+    fake_steps(monkeypatch, step_s=0.25)
+    train.train(session, record, dict)
+    ((before, warning),) = warnings_of(record)
+    assert before == "", "nothing was logged before"
+    assert "warmdown_steps = 100 is longer than what the budget has time for, about 50 steps" in warning
     session.loader.close()
 
 

@@ -5,9 +5,17 @@ clock, or steps against a number of steps (pass the step as the elapsed time and
 budget).
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epigram.optim.base import outside, refuse
+
+LONGEST_WARMDOWN, LONGEST_RISE = 0.9, 1 / 3
+"""Shares of a run beyond which a warm-down, and the rise of the momentum, are taken for a mistake, unless the recipe
+was made for them."""
+_NEARLY = 1.05  # times the share that the recipe was made for: still what its author meant
+_USUAL_WARMDOWN, _USUAL_RISE = 0.5, 1 / 6  # of a run, where the recipe does not say how many steps it was made for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +28,8 @@ class ScheduleConfig:
     lr_warmup_steps: steps over which the learning rate rises to its peak. min_lr: afterwards it never falls
     below this share of it. momentum_*: of Muon, rising linearly. mile_peak: the highest gamma of the MiLe
     loss (0 turns it off), reached at progress mile_peak_at. qat_threshold: quantization-aware training is on
-    once the warm-down's multiplier is below it; 0 is never.
+    once the warm-down's multiplier is below it; 0 is never. made_for_steps: of the run for which what counts in
+    steps was chosen, 0 if that is not known; it changes no step, but what `shortfalls` advises.
     """
 
     warmdown_steps: int = 0
@@ -33,6 +42,7 @@ class ScheduleConfig:
     mile_peak: float = 0.0
     mile_peak_at: float = 0.4
     qat_threshold: float = 0.0
+    made_for_steps: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -41,7 +51,7 @@ class ScheduleConfig:
                 f"schedule.warmdown_steps = {self.warmdown_steps} and schedule.warmdown_frac = "
                 f"{self.warmdown_frac}: make exactly one of them positive and the other 0"
             )
-        for name in ("warmdown_steps", "lr_warmup_steps", "momentum_warmup_steps", "mile_peak"):
+        for name in ("warmdown_steps", "lr_warmup_steps", "momentum_warmup_steps", "mile_peak", "made_for_steps"):
             problems += outside(f"schedule.{name}", getattr(self, name), 0)
         for name in ("warmdown_frac", "min_lr", "qat_threshold"):
             problems += outside(f"schedule.{name}", getattr(self, name), 0, 1)
@@ -102,3 +112,46 @@ def qat_active(multiplier: float, step: int, config: ScheduleConfig) -> bool:
     The small multipliers of a learning rate warm-up do not count.
     """
     return step >= config.lr_warmup_steps and multiplier < config.qat_threshold
+
+
+def shortfalls(config: ScheduleConfig, num_steps: int) -> Iterator[str]:
+    """Schedules that count more steps than `num_steps`, those of the whole budget, have room for: in sentences, each
+    with the settings that mend it.
+
+    A warm-down longer than LONGEST_WARMDOWN of the run leaves the rates below their full values nearly all the time,
+    and a rise longer than LONGEST_RISE the momentum, unless the recipe was made for about that share. Nothing is
+    said of a warm-down that is given as a share: it is what was asked for in a run of any length.
+    """
+    assert num_steps >= 1
+    room = f"what the budget has time for, about {num_steps:,} steps"
+    whole = config.made_for_steps
+    made_for = f", as in the {whole:,} steps that the recipe was made for" if whole else ""
+    warmdown, rise = config.warmdown_steps, config.momentum_warmup_steps
+    share = min(warmdown / whole, 1.0) if whole else _USUAL_WARMDOWN
+    if warmdown > _limit(LONGEST_WARMDOWN, share) * num_steps and config.min_lr < 1:
+        if warmdown > num_steps:
+            start = _percent(max(num_steps / warmdown, config.min_lr))
+            trouble = f"longer than {room}: the learning rates never reach their full values, but start at {start}"
+        else:
+            trouble = f"{_percent(warmdown / num_steps)} of {room}: the learning rates are full for a short while only"
+        yield (
+            f"schedule.warmdown_steps = {warmdown:,} is {trouble}; try --set schedule.warmdown_steps=0 "
+            f"--set schedule.warmdown_frac={share:.2g}{made_for}"
+        )
+    share = min(rise / whole, 1.0) if whole else _USUAL_RISE
+    if rise > _limit(LONGEST_RISE, share) * num_steps and config.momentum_start != config.momentum_end:
+        size = "longer than" if rise > num_steps else f"{_percent(rise / num_steps)} of"
+        yield (
+            f"schedule.momentum_warmup_steps = {rise:,} is {size} {room}: Muon's momentum rises for too long; "
+            f"try --set schedule.momentum_warmup_steps={int(share * num_steps)}{made_for}"
+        )
+
+
+def _limit(usual: float, share: float) -> float:
+    """Of a run, what is not yet too much for a recipe made for `share` of it: never more than the whole run."""
+    return min(max(usual, _NEARLY * share), 1.0)
+
+
+def _percent(share: float) -> str:
+    """Rounded down: what is less than all does not look like all."""
+    return f"{math.floor(1000 * share) / 10:g} %"

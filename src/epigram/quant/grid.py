@@ -112,6 +112,13 @@ class Grid:
         """Nearest codes, ties to even, as float32: (..., rows, cols) and (..., rows) -> (..., rows, cols)."""
         return torch.round(weight / step[..., None]).clamp(-self.qmax, self.qmax)
 
+    def at_floor(self, scale: Tensor) -> Tensor:
+        """Which stored steps are that of the floor: (..., rows) float16 -> (..., rows) bool."""
+        if self.clip == "sigma" or self.floor == 0:
+            return torch.zeros_like(scale, dtype=torch.bool)
+        step = storable(torch.full((), self.floor, device=scale.device) / self.qmax)
+        return scale.to(torch.float32) == step
+
     def without_search(self) -> "Grid":
         """The grid with one candidate; for "search" its row maximum, which is the published choice where the
         floor is active (all five clips are equal there)."""

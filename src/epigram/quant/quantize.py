@@ -136,9 +136,11 @@ def _quantize_batch(
         outcome = plugin.load(METHODS, method).quantize(weights, stack, grid, own_config)
     except HessianError as error:
         raise UserError(f"{batch[error.index].name}: {error}; calibrate on more or other text") from error
+    floored = grid.at_floor(torch.stack([tensor.scale for tensor in outcome.tensors])).float().mean(dim=1).tolist()
+    figures = measure(weights, outcome.tensors, stack)
     measures = {
-        part.name: Measure(part.tensor_class, method, part.tensor.numel(), damping, *figures)
-        for part, damping, figures in zip(batch, outcome.damping, measure(weights, outcome.tensors, stack), strict=True)
+        part.name: Measure(part.tensor_class, method, part.tensor.numel(), *facts, *own)
+        for part, *facts, own in zip(batch, outcome.damping, floored, figures, strict=True)
     }
     tensors: Stored = {
         part.name: QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.qmax)
@@ -155,6 +157,6 @@ def _to_float16(batch: Sequence[Part]) -> tuple[Stored, dict[str, Measure]]:
         stored[part.name] = half = weight.to(torch.float16)
         energy, error = float(weight.square().sum()), float((weight - half.to(torch.float64)).square().sum())
         measures[part.name] = Measure(
-            part.tensor_class, "float16", weight.numel(), 0.0, 16.0 * weight.numel(), energy, error
+            part.tensor_class, "float16", weight.numel(), 0.0, 0.0, 16.0 * weight.numel(), energy, error
         )
     return stored, measures

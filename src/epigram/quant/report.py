@@ -15,7 +15,8 @@ from epigram.quantized import QuantizedTensor
 class Measure(NamedTuple):
     """What one stored tensor cost.
 
-    bits: order-0 entropy of all its codes together. energy: sum of squares of the weights; error: of what
+    floor_share: of the rows, of those whose step is that of the grid's floor. bits: order-0 entropy of all its
+    codes together. energy: sum of squares of the weights; error: of what
     rounding changed. weighted_*: tr(W H Wᵀ) and tr(E H Eᵀ), None without a Hessian.
     """
 
@@ -23,6 +24,7 @@ class Measure(NamedTuple):
     method: str
     weights: int
     damping: float
+    floor_share: float
     bits: float
     energy: float
     error: float
@@ -37,7 +39,8 @@ class ClassRow:
     entropy_bits: mean order-0 entropy in bits a weight (16 for float16), each tensor with its own statistics.
     relative_error: |E|² / |W|². hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), the share of the products' output
     energy that rounding changes; None where no Hessian was measured. damping: the largest that a matrix
-    needed.
+    needed. floor_share: of the rows, of those whose clip would be below quant.grid.floor: their step does not
+    depend on their weights.
     """
 
     tensor_class: str
@@ -48,6 +51,7 @@ class ClassRow:
     relative_error: float
     hessian_error: float | None
     damping: float
+    floor_share: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def _row(tensor_class: str, method: str, group: list[Measure]) -> ClassRow:
         relative_error=_ratio(sum(m.error for m in group), sum(m.energy for m in group)),
         hessian_error=hessian_error,
         damping=max(measure.damping for measure in group),
+        floor_share=sum(measure.floor_share * measure.weights for measure in group) / max(weights, 1),
     )
 
 

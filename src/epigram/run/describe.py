@@ -17,6 +17,7 @@ from epigram.run.size import forecast_bytes, past_ratio
 from epigram.run.wire import messages, step_ms
 
 _CURVE_POINTS = 11
+_USUAL_STEPS = 8400  # in 600 s on eight GPUs, of recipes that do not say how many they were made for
 
 DOCUMENTS = {
     "joined": "documents are joined: a token may see the document before its own",
@@ -40,6 +41,10 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
     sent = messages(
         shapes, banks, len(plan.times), world_size, clip=config.gradients.clip, muon_dtype=config.optim.muon.dtype
     )
+    spent_ms = step_ms(plan, sent) if measured else None
+    num_steps = config.budget.steps or None
+    if num_steps is None and spent_ms is not None:
+        num_steps = max(round(1000 * config.budget.optimize_s / spent_ms), 1)
     return {
         "recipe": config.recipe,
         "summary": config.summary,
@@ -54,11 +59,13 @@ def describe(config: Config, world_size: int = 1, past: Sequence[Path] = ()) -> 
         "balance": plan.balance,
         "world_sizes": _world_sizes(config),
         "wire": [asdict(message) for message in sent],
-        "step_ms": step_ms(plan, sent) if measured else None,
+        "step_ms": spent_ms,
+        "steps": num_steps,
+        "warnings": list(schedule.shortfalls(config.schedule, num_steps)) if num_steps else [],
         "tokens_per_step": config.tokens_per_step,
         "flops_per_token": _flops(config),
         "float8": config.run.float8,
-        "schedule": _curve(config),
+        "schedule": _curve(config, num_steps),
     }
 
 
@@ -92,10 +99,10 @@ def _flops(config: Config) -> list[dict[str, float]]:
     return rows
 
 
-def _curve(config: Config) -> list[dict[str, float]]:
-    """The schedules over the run, for a run whose steps all take as long as one of 8,400 in the training time."""
+def _curve(config: Config, num_steps: int | None) -> list[dict[str, float]]:
+    """The schedules over a run of so many equal steps; where that is not known, of those the recipe was made for."""
     budget_s = config.budget.optimize_s
-    num_steps = config.budget.steps or config.budget.max_steps or 8400
+    num_steps = num_steps or config.budget.max_steps or config.schedule.made_for_steps or _USUAL_STEPS
     rows = []
     for point in range(_CURVE_POINTS):
         progress = point / (_CURVE_POINTS - 1)
@@ -155,6 +162,8 @@ def print_description(description: dict[str, Any]) -> None:
             f"slowest process's lanes and all messages, none hidden: {description['step_ms']:.2f} ms a step, without "
             "the update"
         )
+    for warning in description["warnings"]:
+        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
 
 
 def _cell(value: object) -> str:

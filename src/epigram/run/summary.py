@@ -1,13 +1,19 @@
 """The table at the end of a run: bytes, scores, and what general compressors need for the same text."""
 
 import io
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from epigram.artifact.size import CapCheck
 from epigram.data.dataset import DataFolder
 from epigram.evaluation.compressors import MAX_PRIMER_BYTES, MAX_TEXT_BYTES, compare_compressors
 from epigram.run.record import RunRecord
+
+COSTLY_BPB = 0.02
+"""Bits per byte of which rounding may not take more without a word. Recipes whose rounding was looked at lose 0.0015 to
+0.015 (docs/results.md), of which the upper end was a fault that was mended."""
 
 
 def compressor_rows(data: DataFolder) -> list[dict[str, Any]]:
@@ -32,9 +38,38 @@ def log_summary(record: RunRecord) -> None:
         bits = result["bits_per_weight"]
         record.log(f"codes: {bits:.4f} bits a weight, {100 * over:.3f} % above the entropy of the codec's own model")
     _table(record, ("the validation text", "bits per byte", "nats a token", "tokens", "bytes"), _scores(result))
+    if warning := rounding_warning(result, Path(result.get("exported_from", record.folder))):
+        record.log(f"warning: {warning}")
     if sample := result.get("sample"):
         record.log("")
         record.log(sample)
+
+
+def rounding_warning(result: Mapping[str, Any], run: Path) -> str | None:
+    """What made the quantized model worse than the float one by more than COSTLY_BPB; None where nothing did.
+
+    result: of a finished run, where both are scored by one method. run: the folder with its checkpoint.
+    """
+    scores = result["scores"]
+    (method,) = scores["float"].keys() & scores["quantized"].keys()
+    before, after = (scores[model][method]["val_bpb"] for model in ("float", "quantized"))
+    if not after - before > COSTLY_BPB:
+        return None
+    rounded = [row for row in result["quantization"] if row["method"] != "float16"]
+    kind = "relative_error" if all(row["hessian_error"] is None for row in rounded) else "hessian_error"
+    worst = max(rounded, key=lambda row: row[kind] or 0.0)
+    found = (
+        f"rounding the weights cost {after - before:.4f} bits per byte ({method}: {before:.4f} to {after:.4f}), most "
+        f"of all in class {worst['tensor_class']} ({'weighted ' if kind == 'hessian_error' else ''}error "
+        f"{worst[kind]:.2e}, {worst['entropy_bits']:.3f} bits a weight)"
+    )
+    if worst["floor_share"] <= 0.5:
+        return f"{found}: finer steps (quant.grid) cost bytes"
+    return (
+        f"{found}: in {100 * worst['floor_share']:.0f} % of its rows quant.grid.floor sets the step, however small the "
+        'weights are; quant.grid.clip = "sigma" rounds in proportion to them. To try it without training again: '
+        f"epigram export {shlex.quote(str(run))} --set quant.grid.clip=sigma"
+    )
 
 
 def stable_lines(result: dict[str, Any]) -> list[str]:

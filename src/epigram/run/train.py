@@ -28,6 +28,9 @@ from epigram.run.signals import listening
 UPDATE = "epigram update"
 """In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
 
+_PACE_KNOWN = 10
+"""Steps after which their time tells how many there will be."""
+
 _FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "warmup_s")
 """Of the result, for a later export."""
 
@@ -98,6 +101,7 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
                 record.log(f"checkpoint of step {session.step} begun, as a signal asked")
             if _is_over(session, decision.elapsed_s):
                 break
+            _warn_of_shortfalls(session, record, decision.elapsed_s)
             if run.val_every and session.step % run.val_every == 0:
                 pace.drain()
                 with not_counted(session.clock, watch):
@@ -232,6 +236,22 @@ def resume(session: Session, saved: checkpoint.Checkpoint) -> None:
 def _is_over(session: Session, elapsed_s: float) -> bool:
     limit = session.config.budget.max_steps
     return elapsed_s >= session.config.budget.optimize_s or (limit > 0 and session.step >= limit)
+
+
+def _warn_of_shortfalls(session: Session, record: RunRecord, elapsed_s: float) -> None:
+    """As soon as the number of steps is known, and at no other step: a run that is resumed does not say it again.
+
+    Those of the whole budget count, as they do in the schedules, even if budget.max_steps ends the run before.
+    """
+    budget = session.config.budget
+    if session.step == 0 and budget.steps:
+        num_steps = budget.steps
+    elif session.step == _PACE_KNOWN and not budget.steps and elapsed_s > 0:
+        num_steps = round(session.step * budget.optimize_s / elapsed_s)
+    else:
+        return
+    for line in schedule.shortfalls(session.config.schedule, num_steps):
+        record.log(f"warning: {line}")
 
 
 def _settle(session: Session, record: RunRecord) -> None:
