@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.evidence.plan import BASE, ROOT, Cell, Spec, Variant
 from epigram.artifact import tensors as artifact
+from epigram.data.dataset import open_data
 from epigram.dist.context import open_context
 from epigram.errors import StoppedError, UserError
 from epigram.run.adapt import Adaptation
@@ -30,7 +31,7 @@ from epigram.run.speed import scoring_work
 from epigram.run.weights import ARTIFACT
 
 EVIDENCE = "evidence.json"
-"""In the folder of a cell: what was run, how it ended, seconds, and every score."""
+"""In the folder of a cell: what was run, how it ended, seconds, bytes of the whole validation text, every score."""
 
 REPACK = "repack.json"
 """In the working folder of a cell: the model files whose sizes by other codecs are still to be found."""
@@ -133,6 +134,8 @@ def _bench(cell: Cell, folder: Path, recipe: str, device: str, found: dict[str, 
 def _train(cell: Cell, folder: Path, work: Path, data: str, recipe: str, device: str, found: dict[str, Any]) -> None:
     own, run = cell.experiment, work / "run"
     whole = own.kind == "whole"
+    if (manifest := open_data(data).manifest) is not None:
+        found["text_bytes"] = manifest.splits["val"].normalized_bytes
     go_on = run if run.exists() else None
     overrides = [] if go_on else [*cell.settings, f"seed={cell.seed}"]
     until = "export" if whole else "train"

@@ -31,6 +31,8 @@ KINDS = ("train", "whole", "bench")
 BASE = "base"
 """The variant that every trained cell has: exported as configured."""
 
+_PLAIN = {'run.kernels="plain"', 'run.compile="off"', 'run.attention="sdpa"'}
+
 _SPEC = re.compile(r"(blocks|sliding|streaming|sgd|lora)@(\d+)(?:/(\d+))?(?::(\d+))?$")
 
 
@@ -155,6 +157,13 @@ class Cell:
         return self.experiment.kind != "bench"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether torch's own operators do all of it, so that it needs nothing that is compiled for all cells."""
+        own = self.experiment
+        scores = [*own.scores, *own.float_scores, *(spec for variant in own.variants for spec in variant.scores)]
+        return own.kind != "bench" and not scores and set(self.settings) >= _PLAIN
+
+    @property
     def exports(self) -> tuple[Variant, ...]:
         """What follows training, the export as configured first."""
         own = self.experiment
@@ -184,8 +193,8 @@ class Claim:
 
     columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong
     into it, by what they are called there. reference: published rows, by column. baseline: the experiment that others
-    are compared with, by the score `compare`; target: the published one. plot: one of "bars", "bytes" (against bits per
-    byte), "curve" (over the time), "steps" (of kind bench).
+    are compared with, by the score `compare`; target: the published one, over target_bytes of text. plot: one of
+    "bars", "bytes" (against bits per byte), "curve" (over the time), "steps" (of kind bench).
     """
 
     name: str
@@ -196,6 +205,7 @@ class Claim:
     baseline: str = ""
     compare: str = ""
     target: float = 0.0
+    target_bytes: int = 0
     columns: tuple[str, ...] = ()
     also: dict[str, str] = field(default_factory=dict)
     reference: tuple[dict[str, str], ...] = ()

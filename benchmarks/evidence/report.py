@@ -27,13 +27,19 @@ _EQUAL_TOKENS = 65_536
 
 @dataclass
 class Row:
-    """One variant of an experiment over its seeds. scores: by column and seed; sizes: by codec and seed."""
+    """One variant of an experiment over its seeds. scores: by column and seed; sizes: by codec and seed.
+
+    counted: bytes that a score is over, by column. text_bytes: of the whole validation text, with those that the
+    tokenizer cannot express; 0 where not known.
+    """
 
     label: str
     experiment: Experiment
     variant: str
     seeds: list[int] = field(default_factory=list)
     scores: dict[str, dict[int, float]] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
+    text_bytes: int = 0
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
     step_ms: dict[int, float] = field(default_factory=dict)
@@ -93,9 +99,12 @@ def _row(plan: Plan, experiment: Experiment, variant: Variant, found: dict[str, 
             continue
         row.seeds.append(cell.seed)
         row.gpus.add(result.get("gpu", "unknown"))
+        row.text_bytes = result.get("text_bytes", 0)
         for score in result["rows"]:
             if "score" in score and score["variant"] == variant.name:
-                row.scores.setdefault(f"{score['model']} {score['score']}", {})[cell.seed] = score["val_bpb"]
+                column = f"{score['model']} {score['score']}"
+                row.scores.setdefault(column, {})[cell.seed] = score["val_bpb"]
+                row.counted[column] = score.get("bytes", 0)
         row.sizes = {**row.sizes}
         for codec, size in _sizes(exported, experiment.kind).items():
             row.sizes.setdefault(codec, {})[cell.seed] = size
@@ -121,14 +130,15 @@ def _intro(plan: Plan) -> str:
     short = " ".join(f"--set {shlex.quote(setting)}" for setting in plan.defaults)
     return f"""## Claims and questions
 
-Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result
-of every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. Where a command
-may take ten minutes, `run --data two=data/two --data three=data/three --seconds 560 --archive evidence.tgz --goes-on`
-does the most important ones first, and the same command, given again on that machine, goes on with what it had begun.
-A mean over several
-seeds stands with its standard deviation. A negative difference is a better score; it is tested seed by seed as by
-`epigram compare`, and one seed shows a difference but proves none. Scores are on the validation file, on which
-settings were also chosen. In the commands, SEED is each of the row's, and
+Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result of
+every run; `python -m benchmarks.evidence run` makes them, and `list` says what each costs. Where a command may take
+ten minutes, `run --data two=data/two --data two-8192=data/two-8192 ... --seconds 560 --archive evidence.tgz
+--goes-on` does the most important ones first, and the same command, given again on that machine, goes on with what it
+had begun. A mean over several seeds stands with its standard deviation. A negative difference is a better score; it
+is tested seed by seed as by `epigram compare`, and one seed shows a difference but proves none. Scores are on the
+validation file, on which settings were also chosen. Data folder `two-N` is `epigram data build train-00.jsonl.zst
+train-01.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_N_bpe.model`, `two` the one of 1,024 pieces, and `three`
+has `train-02.jsonl.zst` too. In the commands, SEED is each of the row's, and
 
 ```
 SHORT=({short})
@@ -224,20 +234,38 @@ def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> st
         return ""
     if not (ours := row.values(claim.compare)):
         return NONE
+    counted = row.counted.get(claim.compare, 0)
     if name == PUBLISHED:
-        return f"{statistics.fmean(ours.values()) - claim.target:+.4f} to the published {claim.target}"
+        (share, target_share), words = _of_whole_text(row.text_bytes, counted, claim.target_bytes)
+        gain = statistics.fmean(ours.values()) * share - claim.target * target_share
+        return f"{gain:+.4f} to the published {claim.target}{words}"
     rival = next(e for e in plan.experiments if e.name == name)
     theirs = _row(plan, rival, Variant(name=BASE), found)
     other = theirs.values(claim.compare)
     if not other:
         return NONE
+    (share, other_share), whole = _of_whole_text(row.text_bytes, counted, theirs.counted.get(claim.compare, 0))
+    ours = {seed: score * share for seed, score in ours.items()}
+    other = {seed: score * other_share for seed, score in other.items()}
     if same := ours.keys() & other.keys():  # seed by seed, where that can be
         ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
     result = compare(ours, other)
-    words = f"{-result.gain:+.4f} to {name if row.variant == BASE else rival.about}"
+    words = f"{-result.gain:+.4f} to {name if row.variant == BASE else rival.about}{whole}"
     if result.p is not None and result.p_worse is not None:
         words += f" (p = {min(result.p, result.p_worse):.2g})"
     return words + (", on another GPU" if row.gpus != theirs.gpus else "")
+
+
+def _of_whole_text(text_bytes: int, *counted: int) -> tuple[list[float], str]:
+    """Factors that make scores over `counted` bytes such of the whole text, and words that say so; all 1 where equally
+    many were counted.
+
+    A tokenizer that cannot express some bytes does not say what they are either, so its score of the whole text is too
+    good by what that would cost: whoever expresses them and is still better is better by at least the difference.
+    """
+    if not text_bytes or not all(counted) or len(set(counted)) == 1:
+        return [1.0] * len(counted), ""
+    return [count / text_bytes for count in counted], ", per byte of the whole text"
 
 
 def _steps(plan: Plan, claim: Claim, found: dict[str, Any]) -> tuple[list[str], Drawing | None]:

@@ -2,8 +2,9 @@
 
 Each GPU has one process at a time, with a second one that has imported everything and waits for the next cell: imports
 take as long as a tenth of a short run. Codecs that need no GPU compress beside the training, on their own. On a machine
-that has compiled nothing, one process compiles what all cells share before the first of them starts: several that
-compile the same at once take longer than one, and each other's processors.
+that has compiled nothing, one process compiles what most cells share, on the first GPU: several that compile the same
+at once take longer than one, and each other's processors. Until it ends only cells of torch's own operators start, on
+the other GPUs.
 """
 
 import json
@@ -30,6 +31,7 @@ _GRACE_S = 2.0  # between being asked to end and being ended
 _PAUSE_S = 15.0  # before the end, a run begun to be paused is asked to write its checkpoint
 _LATE_S = 6.0  # before the end, so is one that was to be finished by then
 _WORTH_S = 60.0  # least time for which a run is begun that will have to pause
+_COMPILE_S = 300.0  # most that compiling may take, some four times what it took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,8 @@ class _Run:
         self.summary = Summary()
         self.slots = [Slot(device) for device in options.devices]
         self.packing: dict[str, subprocess.Popen[str]] = {}
+        self.compiler: subprocess.Popen[str] | None = None
+        self.compiler_start_s = 0.0
         self.results = found_results([*options.done, options.out])
         self.pending: list[Cell] = []
 
@@ -120,28 +124,41 @@ class _Run:
         )
         try:
             if self.options.fresh and self.pending:
-                self._compile()
+                self._start_compiler()
             while self._turn():
                 time.sleep(_POLL_S)
         finally:
             self._end()
         return self.summary
 
-    def _compile(self) -> None:
-        """Fill the caches on disk; a failure costs time alone, since every cell compiles what it lacks."""
+    def _start_compiler(self) -> None:
+        """Begin to fill the caches on disk, while the processes that wait for cells import what they need."""
         self._say("compiling, on the first GPU")
-        log, process = self.options.work / "compile.log", None
-        try:
-            with log.open("w") as file:
-                process = self._process(self.slots[0], "compile", stdout=file, stderr=file)
-            process.wait(max(self._left_s(), 0.0))
-            failed = f"NOT COMPILED, the cells do it themselves; log: {log}"
-            self._say(failed if process.returncode else "compiled")
-        except subprocess.TimeoutExpired:
-            self._say(f"NOT COMPILED in the time that there is; log: {log}")
-        finally:
-            if process is not None:
-                _stop([process])
+        with self._compile_log.open("w") as file:
+            self.compiler = self._process(self.slots[0], "compile", stdout=file, stderr=file)
+        self.compiler_start_s = time.monotonic()
+        for slot in self.slots:
+            slot.waiting = self._worker(slot)
+
+    @property
+    def _compile_log(self) -> Path:
+        return self.options.work / "compile.log"
+
+    def _look_at_compiler(self) -> None:
+        """See whether it is through; a failure costs time alone, since every cell compiles what it lacks."""
+        if self.compiler is None:
+            return
+        late = time.monotonic() - self.compiler_start_s > _COMPILE_S
+        if self.compiler.poll() is None and not late:
+            return
+        failed = f"NOT COMPILED{f' in {_COMPILE_S:.0f} s' if late else ''}, the cells do it themselves"
+        self._stop_compiler(f"{failed}; log: {self._compile_log}" if late or self.compiler.returncode else "compiled")
+
+    def _stop_compiler(self, words: str) -> None:
+        if self.compiler is not None:
+            self._say(words)
+            _stop([self.compiler])
+            self.compiler = None
 
     def _wanted(self, cell: Cell) -> bool:
         """Whether the cell is to be run; the reason against it is kept, unless it is that it is done."""
@@ -174,6 +191,7 @@ class _Run:
 
     def _turn(self) -> bool:
         """One look at all processes; False when nothing runs and nothing more can start."""
+        self._look_at_compiler()
         for slot in self.slots:
             if slot.running is not None and slot.running.poll() is not None:
                 self._finish(slot)
@@ -187,16 +205,19 @@ class _Run:
         running = [slot for slot in self.slots if slot.running is not None]
         if self._left_s() < 0:
             return False
-        return bool(running or self.packing)
+        return bool(running or self.packing or self.compiler)
 
     def _left_s(self) -> float:
         return self.options.seconds - _END_S - (time.monotonic() - self.start_s)
 
     def _start(self, slot: Slot) -> None:
         ready = [cell for cell in self.pending if not self._waits_for(cell)]
+        if self.compiler is not None:
+            ready = [cell for cell in ready if cell.is_plain and slot is not self.slots[0]]
         cell = next((cell for cell in ready if self._fits(cell)), None)
         if cell is None:
-            self._dismiss(slot)
+            if self.compiler is None:
+                self._dismiss(slot)
             return
         self.pending.remove(cell)
         about_s = cell.cost_s - self._trained_s(cell)
@@ -324,6 +345,7 @@ class _Run:
 
     def _end(self) -> None:
         """End whatever still runs, and say what is left."""
+        self._stop_compiler(f"NOT COMPILED in the time that there is; log: {self._compile_log}")
         for slot in self.slots:
             self._dismiss(slot)
             if slot.running is not None and slot.running.poll() is not None:

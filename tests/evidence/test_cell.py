@@ -18,6 +18,7 @@ from benchmarks.evidence.cell import EVIDENCE, execute, repack
 from benchmarks.evidence.plan import Cell, load_plan
 from benchmarks.evidence.runner import _with_path
 from epigram.config import load_recipe
+from epigram.data.dataset import open_data
 from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
 from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
@@ -59,6 +60,15 @@ def test_scores_are_those_of_the_commands(base: Path, data_path: Path):
     )
     assert rows["base", "float", "streaming@128"] == pytest.approx(floats["scores"]["streaming"]["val_bpb"], abs=1e-6)
     assert {variant for variant, _, _ in rows} == {"base", "nearest", "no-ema"}
+
+
+def test_what_scores_are_over_is_kept(base: Path, data_path: Path):
+    """Bytes that were counted, and those of the whole text."""
+    found = json.loads((base / "out" / "plain-s1" / EVIDENCE).read_text())
+    entry = open_data(data_path).manifest.splits["val"]
+    assert found["text_bytes"] == entry.normalized_bytes
+    whole = [row["bytes"] for row in found["rows"] if ":" not in row["score"]]
+    assert set(whole) == {entry.normalized_bytes - entry.unknown_bytes}
 
 
 def test_a_score_that_learns_is_that_of_the_command(base: Path, data_path: Path):

@@ -27,6 +27,22 @@ def test_every_recipe_resolves(path: Path):
     assert [cell.priority for cell in plan.cells] == sorted(cell.priority for cell in plan.cells)
 
 
+def test_data_folders_have_the_vocabulary_of_their_model():
+    """Of NAME-N it is N, of others 1,024; a run with another one ends at once, on the machine that was waited for."""
+    for cell in load_plan().cells:
+        if cell.experiment.kind != "bench" and not cell.experiment.repeats:
+            config = load_recipe(cell.recipe, cell.settings)
+            assert config.model.vocab_size == int(cell.experiment.data.partition("-")[2] or 1024), cell.name
+
+
+def test_tuning_comes_before_what_uses_the_tuned_recipe():
+    """What is found after that changes nothing any more; experiments on base.toml do not depend on the recipe h100."""
+    cells = load_plan().cells
+    tuned = [cell.priority for cell in cells if cell.experiment.recipe == "h100"]
+    must = [cell for cell in cells if cell.experiment.claim in ("vocabulary", "tuning") and cell.priority < 9]
+    assert max(cell.priority for cell in must) < min(tuned)
+
+
 def test_compared_experiments_share_a_kind_of_gpu():
     """Rows of one table that are compared belong to one group."""
     plan = load_plan()

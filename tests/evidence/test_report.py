@@ -114,6 +114,29 @@ def test_a_difference_is_tested_seed_by_seed(pages: Pages):
     assert pages.row("to nearest")[-1] == f"{-0.095:+.4f} to as it is (p = {p:.2g})"
 
 
+def test_scores_over_different_bytes_are_compared_over_the_whole_text(pages: Pages):
+    """One tokenizer leaves out a tenth of the 1,000 bytes: 1.6 of what it counts is 1.44 of all."""
+    for name, bpb, counted in (("plain-s1", 1.6, 900), ("again-s1", 1.3, 1_000)):
+        rows = [{"variant": BASE, "model": "quantized", "score": "blocks@64", "val_bpb": bpb, "bytes": counted}]
+        pages.add(CELLS[name], 0.0, rows=rows, text_bytes=1_000)
+    assert pages.row("the first again")[-1] == "-0.1400 to plain, per byte of the whole text"
+    assert pages.row("as it is")[4] == "1.6000"
+
+
+@pytest.mark.parametrize(("counted", "gain", "words"), [(900, 0.0, ""), (1_000, 0.13, ", per byte of the whole text")])
+def test_the_published_score_is_over_its_own_bytes(pages: Pages, counted: int, gain: float, words: str):
+    """A published 1.3 over 900 of 1,000 bytes is 1.17 of the whole text."""
+    claim = replace(PLAN.claims["training"], target=1.3, target_bytes=900)
+    experiment = replace(CELLS["plain-s1"].experiment, against="published")
+    cell = replace(CELLS["plain-s1"], experiment=experiment)
+    rows = [{"variant": BASE, "model": "quantized", "score": "blocks@64", "val_bpb": 1.3, "bytes": counted}]
+    pages.add(cell, 0.0, rows=rows, text_bytes=1_000)
+    plan = replace(PLAN, claims={"training": claim}, experiments=(experiment,), cells=(cell,))
+    write_pages(plan, pages.results, pages.docs, pages.readme)
+    (line,) = [line for line in (pages.docs / "results.md").read_text().splitlines() if line.startswith("| as it is |")]
+    assert line.endswith(f"{gain:+.4f} to the published 1.3{words} |")
+
+
 def test_another_gpu_is_named(pages: Pages):
     pages.add(CELLS["plain-s1"], 1.3)
     pages.add(CELLS["again-s1"], 1.3, gpu="H200")

@@ -184,14 +184,46 @@ def test_a_fresh_machine_compiles_before_anything_starts(
 
     monkeypatch.setattr(runner._Run, "_process", process)
     if "sleep" in words:
-        left = iter([0.5])
-        monkeypatch.setattr(runner._Run, "_left_s", lambda _: next(left, 60.0))
+        monkeypatch.setattr(runner, "_COMPILE_S", 0.5)
     summary = runs(devices=["a", "b"], fresh=True, only=["plain-s1", "steps-64"])
     assert asked == [("a", "compile")]
     assert set(summary.finished) == {"plain-s1", "steps-64"}
     assert made[0].returncode is not None
     assert ("NOT COMPILED" in capsys.readouterr().out) == (words != "sys.exit()")
     assert runs(fresh=True, only=["plain-s1"]) == Summary() and len(asked) == 1, "nothing to run, nothing to compile"
+
+
+def compile_until(monkeypatch: pytest.MonkeyPatch, there: Path) -> None:
+    """A compiler that ends as soon as a file is there."""
+    code = f"import pathlib, time\nwhile not pathlib.Path({str(there)!r}).exists(): time.sleep(0.01)"
+
+    def process(*_: Any, **streams: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code], text=True, **streams)
+
+    monkeypatch.setattr(runner._Run, "_process", process)
+
+
+def test_plain_cells_run_while_another_gpu_compiles(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The compiler waits for the plain cell, and everything else, on both GPUs, for the compiler."""
+    plain = """set = ['run.kernels="plain"', 'run.compile="off"', 'run.attention="sdpa"', """
+    text = TOY.read_text("utf-8").replace('set = ["optim.muon.lr_early=1e30"', f'{plain}"optim.muon.lr_early=1e30"')
+    (path := tmp_path / "plan.toml").write_text(text)
+    plan = load_plan(path)
+    assert [cell.name for cell in plan.cells if cell.is_plain] == ["diverges-s1337"]
+    compile_until(monkeypatch, runs.out / "diverges-s1337.began")
+    summary = runs(plan, devices=["a", "b"], fresh=True)
+    assert len(summary.finished) == 6
+    first = runs.evidence("diverges-s1337")["began"]
+    assert all(runs.evidence(cell.name)["began"] > first for cell in plan.cells if not cell.is_plain)
+
+
+def test_one_gpu_compiles_first(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing starts beside it, and the end of the time ends it too."""
+    compile_until(monkeypatch, tmp_path / "never")
+    monkeypatch.setattr(runner, "_END_S", 0.2)
+    summary = runs(fresh=True, seconds=1)
+    assert summary.finished == []
+    assert not list(runs.out.glob("*.began"))
 
 
 def test_one_process_for_each_gpu(runs: Runs):

@@ -39,6 +39,23 @@ def test_enter(place: Place, fused, with_extra: bool, with_gate: bool, reset_id:
     compare(of(fused, place.dtype), of(plain, place.dtype), of(plain, torch.float64), tensors, place.dtype)
 
 
+@pytest.mark.parametrize("vocab_size", [6_000, 8_192])
+def test_enter_with_a_large_vocabulary(place: Place, fused, vocab_size: int):
+    """The first and the last token of it among others; most rows of the table get no gradient."""
+    batch, length, _, width = sizes(place)
+    tokens = place.tokens(vocab_size, batch, length)
+    tokens[0, :3] = torch.tensor([vocab_size - 1, 0, vocab_size - 1])
+    tensors = {
+        "embed": place.normal(vocab_size, width, seed=1, dtype=torch.float32),
+        "gate": place.normal(width, seed=3, dtype=torch.float32).sigmoid(),
+    }
+
+    def of(module, dtype):
+        return lambda embed, gate: module.enter(tokens, embed, None, gate, dtype)
+
+    compare(of(fused, place.dtype), of(plain, place.dtype), of(plain, torch.float64), tensors, place.dtype)
+
+
 def test_look_up(place: Place, fused):
     """Of the tokens of a step many are the same: their gradients are added up."""
     batch, length, vocab_size, width = sizes(place)

@@ -20,9 +20,11 @@ def fused(place: Place, monkeypatch):
     return head
 
 
-def inputs(place: Place) -> tuple[dict[str, Tensor], Tensor]:
-    """Final states and embedding so that logits spread over several nats, and targets; V is no power of two."""
-    batch, length, width, vocab_size = (8, 1024, 512, 1_000) if place.is_large else (2, 9, 24, 50)
+def inputs(place: Place, vocab_size: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Final states and embedding so that logits spread over several nats, and targets; V is no power of two unless
+    `vocab_size` is given."""
+    batch, length, width, usual = (8, 1024, 512, 1_000) if place.is_large else (2, 9, 24, 50)
+    vocab_size = vocab_size or usual
     x = place.normal(batch, length, width, seed=0)
     embed = place.normal(vocab_size, width, seed=1) * (3 * width**-0.5)
     return {"x": x, "embed": embed}, place.tokens(vocab_size, batch, length)
@@ -38,6 +40,31 @@ def test_loss(place: Place, fused, cap: float, exponent: float | None):
         return lambda x, embed: module.head_loss(x, embed, targets, cap, gamma, 0.2)
 
     compare(of(fused), of(plain), of(plain), tensors, place.dtype)
+
+
+@pytest.mark.parametrize("vocab_size", [6_000, 8_192])
+def test_large_vocabularies(place: Place, fused, vocab_size: int):
+    """With everything on, as recipes have it; 6,000 is padded by more than a third."""
+    tensors, targets = inputs(place, vocab_size)
+    targets[0, :2] = torch.tensor([0, vocab_size - 1])
+    gamma = torch.tensor(0.6, device=place.device)
+
+    def of(module):
+        return lambda x, embed: module.head_loss(x, embed, targets, 30.0, gamma, 0.2)
+
+    compare(of(fused), of(plain), of(plain), tensors, place.dtype)
+
+
+def test_chunks_of_rows_by_vocabulary():
+    """A step of 36 x 2048: all at once at 1,024 pieces, at 8,192 parts of 256 MiB, each row in one of them."""
+    pytest.importorskip("triton")
+    from epigram.kernels._triton.head import _chunks
+
+    x = torch.empty(73_728, 1, device="meta")
+    assert _chunks(x, 1_024) == [slice(0, 73_728)]
+    parts = _chunks(x, 8_192)
+    assert [part.stop - part.start for part in parts] == [16_384] * 4 + [8_192]
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
 
 
 @pytest.mark.parametrize("floor", [0.0, 1.0])
