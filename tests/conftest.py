@@ -39,4 +39,4 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine makes an example slow without making it wrong.
 settings.register_profile("epigram", deadline=None)
 settings.load_profile("epigram")
-sys.path.insert(0, str(Path(__file__).parent / "model"))  # golden_model is shared by several folders
+sys.path.insert(0, str(Path(__file__).parent / "model"))  # golden_model and stirred are shared by several folders

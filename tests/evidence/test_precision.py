@@ -7,6 +7,7 @@ import pytest
 import run_helpers
 import torch
 from run_helpers import SHORT, train_run
+from stirred import stirred
 from torch import Tensor
 
 from benchmarks import precision
@@ -24,12 +25,8 @@ another machine's order of sums."""
 
 
 def model_and_batch(dtype: torch.dtype) -> tuple[GPT, Tensor, Tensor]:
-    model = GPT(CONFIG)
-    model.initialize(0)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    model = stirred(CONFIG, generator)
     model.compute_dtype = dtype
     tokens = torch.randint(512, (2, 49), generator=generator)
     return model, tokens[:, :-1], tokens[:, 1:]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import relative
+from stirred import stirred
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -255,12 +256,8 @@ MODEL = replace(
 
 def model_and_batch(device: str = "cpu") -> tuple[GPT, Tensor, Tensor]:
     """A small model with no weight zero by chance, and a batch."""
-    model = GPT(MODEL)
-    model.initialize(0)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    model = stirred(MODEL, generator)
     tokens = torch.randint(512, (2, 49), generator=generator).to(device)
     return model.to(device), tokens[:, :-1], tokens[:, 1:]
 

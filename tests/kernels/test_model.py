@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from parity import FLOOR, Place, assert_as_good
+from stirred import stirred
 from torch import Tensor
 
 from epigram import capability
@@ -76,16 +77,7 @@ def kernels_here(place: Place, monkeypatch) -> list[Kernels]:
 
 
 def model_of(config: ModelConfig, place: Place) -> GPT:
-    """A model with every weight away from its initial value, so that nothing is zero or one by chance."""
-    model = GPT(config)
-    model.initialize(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(
-                torch.randn(parameter.shape, generator=generator), alpha=0.05 if not place.is_large else 0.02
-            )
-    return model.to(place.device)
+    return stirred(config, torch.Generator().manual_seed(1), 0.02 if place.is_large else 0.05).to(place.device)
 
 
 def trained(model: GPT, tokens: Tensor, kernels: Kernels, dtype: torch.dtype, transform=None) -> dict[str, Tensor]:
