@@ -147,6 +147,23 @@ def test_initial_values() -> None:
     assert not torch.equal(other.embed, model.embed)
 
 
+def test_initial_values_do_not_depend_on_the_number_of_threads() -> None:
+    """Matrices of a real size, since threads share only those."""
+    sizes = dict(num_layers=1, model_dim=512, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1536, rotary_dim=16)
+    drawn, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            model = GPT(ModelConfig(vocab_size=64, **sizes))
+            model.initialize(seed=1)
+            assert torch.get_num_threads() == threads, "as it was before"
+            drawn.append(model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for other in drawn[1:]:
+        assert all(torch.equal(other[name], value) for name, value in drawn[0].items())
+
+
 def test_bad_settings_are_all_named_at_once() -> None:
     with pytest.raises(ValueError, match="num_kv_heads = 3") as error:
         dataclasses.replace(CONFIG, num_kv_heads=3, skips="some", xsa_layers=(9,), rotary_dim=7)

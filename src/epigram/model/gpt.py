@@ -4,7 +4,8 @@ Legend: B sequences, T positions, V vocabulary, D model width, H query heads, K 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +87,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw the initial values, in float32 on the CPU so that every device and rank starts alike.
+        """Draw the initial values, in float32 on one thread of the CPU so that every machine and rank starts alike.
 
         Products that read the stream are orthogonal, matrix by matrix; those that write to it are zero.
         """
-        generator = torch.Generator().manual_seed(seed)
+        with _one_thread():
+            self._draw(torch.Generator().manual_seed(seed))
+
+    def _draw(self, generator: torch.Generator) -> None:
         c = self.config
         self.embed.copy_(torch.empty(self.embed.shape).normal_(0, c.embed_std, generator=generator))
         for layer in range(c.num_layers):
@@ -347,6 +351,21 @@ def _remembering(attend: Attend, cache: Cache, layer: int) -> Attend:
 
 def _ignore(name: str, x: Tensor) -> None:
     """The tap that nobody looks through."""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch with one thread on the CPU.
+
+    How many share a factorization decides its last bits. And small ones gain nothing from threads, but much is lost
+    where several processes have as many as the machine has processors: 12 s instead of 1 for two on two.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _orthogonal(rows: int, cols: int, generator: torch.Generator) -> Tensor:
