@@ -53,6 +53,8 @@ def execute(
 ) -> dict[str, Any]:
     """Run `cell`; returns what EVIDENCE holds, which is written as it grows.
 
+    Its "stages" are the seconds from the start to the end of training, of each export and of its scores.
+
     folder: takes the results, a few small files. work: takes the run, with checkpoints and models. data: the data
     folder. recipe: a recipe or the config.toml of the run that is repeated. resume: go on with the run in `work`, which
     SIGTERM ended; its status was "paused".
@@ -139,6 +141,11 @@ def _train(cell: Cell, folder: Path, work: Path, data: str, recipe: str, device:
     go_on = run if run.exists() else None
     overrides = [] if go_on else [*cell.settings, f"seed={cell.seed}"]
     until = "export" if whole else "train"
+    start_s = time.perf_counter()
+
+    def reached(stage: str) -> None:
+        found.setdefault("stages", {})[stage] = round(time.perf_counter() - start_s, 1)
+
     _allowing_over_budget(
         found,
         partial(
@@ -146,6 +153,7 @@ def _train(cell: Cell, folder: Path, work: Path, data: str, recipe: str, device:
         ),
     )
     _keep_run(run, folder, found)
+    reached("trained")
     repack = []
     for variant in cell.exports:
         out = run if whole and variant.name == BASE else work / variant.name
@@ -156,7 +164,9 @@ def _train(cell: Cell, folder: Path, work: Path, data: str, recipe: str, device:
                 found, partial(export_job, run, data_path=data, out=out, overrides=variant.set, device=device)
             )
         _keep_export(out, kept, variant, found)
+        reached(f"{variant.name} exported")
         found["rows"] += score_all(out / ARTIFACT, data, variant.scores, device, variant.name, "quantized")
+        reached(f"{variant.name} scored")
         write(folder, found)
         if variant.codecs:
             repack.append({"model": str(out / ARTIFACT), "result": str(kept / RESULT), "codecs": list(variant.codecs)})
