@@ -148,6 +148,8 @@ class RunConfig:
     "plain" (torch code, which torch.compile can fuse), or "auto": fused where they can serve, unless compile is "on".
     compile: torch.compile for the plain kernels, "auto" (when a compiler is there), "on", "off"; fused ones are never
     compiled. float8: train with the products of the layers in float8 (`epigram.kernels.float8`); takes plain kernels.
+    micro_tokens: compute at most so many tokens of a lane at a time and add up the gradients: the same step in less
+    memory (0: on a CPU 8,192, else whole lanes).
     cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
@@ -161,6 +163,7 @@ class RunConfig:
     kernels: str = "auto"
     compile: str = "auto"
     float8: bool = False
+    micro_tokens: int = 0
     cuda_graphs: str = "auto"
     log_every: int = 100
     val_every: int = 0
@@ -188,6 +191,7 @@ class RunConfig:
         problems += [
             f"{name} = {getattr(self, name)} must not be negative"
             for name in (
+                "micro_tokens",
                 "log_every",
                 "val_every",
                 "checkpoint_every_s",

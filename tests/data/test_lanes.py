@@ -19,6 +19,14 @@ def test_the_published_step() -> None:
     assert short.deal() == tuple(tuple(range(lane, 180, 5)) for lane in range(5))  # a stride, as published
 
 
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 300))
+def test_parts_are_equal_and_as_few_as_fit(num_seqs: int, seq_len: int, most: int) -> None:
+    lane = Lane(seq_len=seq_len, num_seqs=num_seqs)
+    fitting = [n for n in range(1, num_seqs + 1) if num_seqs % n == 0 and num_seqs // n * seq_len <= most]
+    assert lane.parts(most) == (fitting[0] if fitting else num_seqs)
+    assert lane.parts(None) == 1
+
+
 @given(lanes)
 def test_each_window_goes_to_one_lane(lanes: list[Lane]) -> None:
     groups = length_groups(lanes)

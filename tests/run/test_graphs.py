@@ -49,6 +49,9 @@ class StandIn:
 ONE_LANE = "lanes=[{count=1, seq_len=128, num_seqs=4}]"
 THREE_LANES = "lanes=[{count=2, seq_len=64, num_seqs=4}, {count=1, seq_len=128, num_seqs=2}]"
 
+PARTS = "run.micro_tokens=128"
+"""Two or four parts of each of these lanes."""
+
 
 def pair(data: DataFolder, *overrides: str) -> tuple[Session, Session]:
     """A session that launches its lanes and the same one that replays them, both warmed up."""
@@ -60,10 +63,10 @@ def pair(data: DataFolder, *overrides: str) -> tuple[Session, Session]:
 
 
 @pytest.mark.parametrize("lanes", [ONE_LANE, THREE_LANES], ids=["one lane", "three lanes of two shapes"])
-@pytest.mark.parametrize("clip", ["lane", "global", "none"])
-def test_training_is_the_same_bit_for_bit(data: DataFolder, lanes: str, clip: str):
+@pytest.mark.parametrize("setting", ["gradients.clip=lane", "gradients.clip=global", "gradients.clip=none", PARTS])
+def test_training_is_the_same_bit_for_bit(data: DataFolder, lanes: str, setting: str):
     """Two steps before the late QAT and one in it."""
-    plain, recorded = pair(data, lanes, f"gradients.clip={clip}")
+    plain, recorded = pair(data, lanes, setting)
     assert isinstance(recorded.capture, StandIn)
     replays = recorded.capture.replays
     for elapsed_s in (0.0, 5.0, 29.0):

@@ -15,6 +15,7 @@ from epigram.data.tokenizer_training import train_tokenizer
 from epigram.dist.context import Context
 from epigram.errors import DataError
 from epigram.evaluation.windows import Method
+from epigram.run import choices
 from epigram.run.score import score_split
 from epigram.run.setup import Losses
 
@@ -50,6 +51,23 @@ def row(folder: Path, **options) -> dict:
     context = Context(device=torch.device("cpu"))
     losses = Losses(windows=nll, stream=lambda method: nll)
     return score_split(losses, open_data(folder), METHOD, context, batch_tokens=64, **options)
+
+
+def test_a_cpu_is_given_few_tokens_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the recipe says: a batch for a large GPU would not fit into memory. The score is the same."""
+    sizes: list[int] = []
+
+    def watched(inputs: torch.Tensor, targets: torch.Tensor, **options) -> torch.Tensor:
+        sizes.append(inputs.numel())
+        return nll(inputs, targets, **options)
+
+    losses = Losses(windows=watched, stream=lambda method: nll)
+    for most, largest in ((8192, 64), (32, 32), (1, 16)):
+        monkeypatch.setattr(choices, "_CPU_TOKENS", most)
+        sizes.clear()
+        found = score_split(losses, open_data(folder), METHOD, Context(), batch_tokens=64)
+        assert max(sizes) == largest
+        assert (found["tokens"], found["val_nats"]) == (199, 1.0)
 
 
 def test_a_score_names_the_published_split(folder: Path) -> None:

@@ -36,6 +36,8 @@ def watched(attend, seen: list):
 def test_the_work_of_a_recipe() -> None:
     work = training_work(load_recipe("pr1212"))
     assert sorted(work.shapes) == [(10, 6144)] * 3 + [(36, 2048)] * 5 and work.backward
+    split = training_work(load_recipe("pr1212"), 16_384)
+    assert sorted(split.shapes) == [(2, 6144)] * 15 + [(6, 2048)] * 30, "the same tokens"
     assert scoring_work(1024, 65_536) == Work(shapes=((64, 1024),), backward=False)
     assert scoring_work(1024, 100).shapes == ((1, 1024),)
 

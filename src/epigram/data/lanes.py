@@ -31,6 +31,16 @@ class Lane:
         """Targets in a step."""
         return self.seq_len * self.num_seqs
 
+    def parts(self, most_tokens: int | None) -> int:
+        """Of how many equal parts, of whole sequences each, none has more tokens; of single ones if even they do.
+
+        Equal, so that there is one shape to compile and to record. One part where `most_tokens` is None.
+        """
+        if most_tokens is None:
+            return 1
+        fits = (n for n in range(1, self.num_seqs) if self.num_seqs % n == 0 and self.num_tokens // n <= most_tokens)
+        return next(fits, self.num_seqs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LengthGroup:

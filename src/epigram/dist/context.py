@@ -93,7 +93,8 @@ def _told(watching: watch.Watch | None) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _of_rank(watching, f"out of memory ({error}): use smaller lanes or another device", error) from error
+        way_out = "compute less of a lane at a time (such as run.micro_tokens=16384), or use another device"
+        raise _of_rank(watching, f"out of memory ({error}): {way_out}", error) from error
     except (KeyboardInterrupt, UserError, OSError) as error:
         if watching is None:
             raise

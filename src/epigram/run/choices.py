@@ -26,6 +26,7 @@ from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
 from epigram.run.speed import Work, agreed_ms
 
+_CPU_TOKENS = 8192  # what memory holds beside all that a backward needs: 49,152 tokens of h100 at once take over 22 GB
 _MOST_GRAPHS = 64  # of one function: lengths of lanes times phases
 
 
@@ -94,6 +95,14 @@ def compile_shapes(function: Any) -> Any:
 
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = _MOST_GRAPHS, True
     return torch.compile(function, dynamic=False)
+
+
+def tokens_at_a_time(setting: int, device_type: str) -> int | None:
+    """The most tokens of a lane, or of a forward of a score, that are computed at a time; None where it is any number.
+
+    setting: `RunConfig.micro_tokens`.
+    """
+    return setting or (_CPU_TOKENS if device_type == "cpu" else None)
 
 
 def should_capture(setting: str, model: GPT, context: Context) -> bool:

@@ -24,7 +24,7 @@ from epigram.model.gpt import GPT
 from epigram.run.adapt import Adaptation, beside
 from epigram.run.adapt_probe import probe_adapted
 from epigram.run.api import Model
-from epigram.run.choices import attach_attention, attach_kernels
+from epigram.run.choices import attach_attention, attach_kernels, tokens_at_a_time
 from epigram.run.probe import check, probe
 from epigram.run.record import final_line
 from epigram.run.setup import CACHE, Losses, scoring_losses
@@ -49,6 +49,7 @@ def score_split(
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
     adaptation: the model learns meanwhile, with windows as in `method`; its settings are in the row.
     """
+    batch_tokens = min(batch_tokens, tokens_at_a_time(0, context.device.type) or batch_tokens)
     tokens = data.stream(split)
     whole = not 0 < max_tokens < len(tokens) - 1
     byte_counts = data.byte_counts(split)

@@ -34,6 +34,7 @@ from epigram.run.choices import (
     pick_precision,
     should_capture,
     stream_attention,
+    tokens_at_a_time,
 )
 from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 from epigram.run.guard import Guard
@@ -51,10 +52,11 @@ LaneLoss = Callable[[Tensor, Tensor, Tensor | None, float, BankTransform | None]
 class Engine:
     """All that computes a step, wherever its tokens come from.
 
-    lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. losses: those of scoring.
-    quantized: the bank transform of quantization-aware training. paths: what was chosen where the recipe left
-    a choice, for the log. compiled: whether torch.compile is used. capture: records lanes in the warm-up, None where
-    they are launched kernel by kernel. graphs: what it has recorded.
+    lanes: the lanes that this process executes. lane_loss: the (compiled) training loss. most_tokens: of a lane that
+    are computed at a time, None for whole lanes. losses: those of scoring. quantized: the bank transform of
+    quantization-aware training. paths: what was chosen where the recipe left a choice, for the log. compiled: whether
+    torch.compile is used. capture: records lanes in the warm-up, None where they are launched kernel by kernel.
+    graphs: what it has recorded.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class Engine:
     gradients: LaneGradients
     lanes: tuple[int, ...]
     lane_loss: LaneLoss
+    most_tokens: int | None
     losses: "Losses"
     quantized: BankTransform
     paths: dict[str, str]
@@ -125,7 +128,8 @@ def build_session(config: Config, data: DataFolder, context: Context) -> Session
 
 def build_engine(config: Config, context: Context) -> Engine:
     """A session's parts that need no data. Raises UserError when recipe and machine do not fit."""
-    model, compiled, paths = build_model(config, context, training_work(config))
+    most_tokens = tokens_at_a_time(config.run.micro_tokens, context.device.type)
+    model, compiled, paths = build_model(config, context, training_work(config, most_tokens))
     if "streaming" in config.score.methods:
         paths["attention of streaming scores"] = stream_attention(model, config.run.attention, context)[1]
     capture = CudaCapture(context.device) if should_capture(config.run.cuda_graphs, model, context) else None
@@ -135,6 +139,9 @@ def build_engine(config: Config, context: Context) -> Engine:
     named, roles = dict(model.named_parameters()), model.roles()
     plan = lane_plan(config, context.world_size)
     paths["lanes"] = f"{len(plan.times)} a step, {config.tokens_per_step:,} tokens, {context.world_size} process(es)"
+    parts = {f"{lane.num_seqs} x {lane.seq_len}": lane.parts(most_tokens) for lane in config.flat_lanes}
+    if max(parts.values()) > 1:
+        paths["lanes are computed in parts"] = ", ".join(f"{words} in {count}" for words, count in parts.items())
     if context.world_size > 1:
         paths["lanes of each process"] = f"{_words(plan.ranks)}; predicted balance {100 * plan.balance:.1f} %"
     lane_loss: Any = compile_shapes(model.loss) if compiled else model.loss
@@ -155,6 +162,7 @@ def build_engine(config: Config, context: Context) -> Engine:
         ),
         lanes=plan.ranks[context.rank],
         lane_loss=partial(lane_loss, kernels=FLOAT8) if config.run.float8 else lane_loss,
+        most_tokens=most_tokens,
         losses=scoring_losses(model, compiled, config.run.attention, context),
         quantized=bank_transform(model, config),
         paths=paths,

@@ -38,9 +38,13 @@ class Work:
     backward: bool
 
 
-def training_work(config: Config) -> Work:
-    """The lanes of a step."""
-    return Work(shapes=tuple((lane.num_seqs, lane.seq_len) for lane in config.flat_lanes), backward=True)
+def training_work(config: Config, most_tokens: int | None = None) -> Work:
+    """The lanes of a step, in parts where they have more than `most_tokens`."""
+    shapes: list[tuple[int, int]] = []
+    for lane in config.flat_lanes:
+        parts = lane.parts(most_tokens)
+        shapes += [(lane.num_seqs // parts, lane.seq_len)] * parts
+    return Work(shapes=tuple(shapes), backward=True)
 
 
 def scoring_work(seq_len: int, batch_tokens: int) -> Work:

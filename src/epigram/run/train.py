@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from epigram.data.lanes import Lane
 from epigram.errors import StoppedError, UserError
 from epigram.model.gpt import BankTransform
 from epigram.optim import schedule
@@ -178,10 +179,19 @@ def lane_step(engine: Engine, batch: Tensor, gamma: Tensor | None, transform: Ba
 
 
 def forward_backward(engine: Engine, tokens: Tensor, gamma: Tensor | None, transform: BankTransform | None) -> Tensor:
-    """`lane_step` on tokens on the device, launched kernel by kernel."""
-    loss = engine.lane_loss(tokens[:, :-1], tokens[:, 1:], gamma, engine.config.loss.mile_floor, transform)
-    loss.backward()
-    return loss.detach()
+    """`lane_step` on tokens on the device, launched kernel by kernel.
+
+    A lane of more tokens than are computed at a time is computed in equal parts, whose gradients add up in `.grad`: its
+    loss is a mean over tokens, so that is the lane's gradient.
+    """
+    parts = Lane(num_seqs=tokens.shape[0], seq_len=tokens.shape[1] - 1).parts(engine.most_tokens)
+    losses = []
+    for part in tokens.chunk(parts):
+        loss = engine.lane_loss(part[:, :-1], part[:, 1:], gamma, engine.config.loss.mile_floor, transform)
+        loss = loss / parts if parts > 1 else loss
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() if parts > 1 else losses[0]
 
 
 def gamma_of(engine: Engine, gamma: float) -> Tensor | None:
