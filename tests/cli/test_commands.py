@@ -179,6 +179,21 @@ def test_a_folder_in_use(shell: Shell, data_path: Path, finished: Path):
     assert_one_sentence(found, f"{finished} is not empty")
 
 
+def test_a_run_ends_with_what_can_be_done_next(shell: Shell, data_path: Path, finished: Path, tmp_path: Path):
+    """Each command that it names is one that works on the run."""
+    run = tmp_path / "a run"
+    trained = shell("train", "smoke", "--data", data_path, "--out", run, "--until", "train", *SETTINGS)
+    assert f"The run is in '{run}'." in trained.out
+    (line,) = [line for line in trained.out.splitlines() if line.startswith("  epigram")]
+    exported = shell(*shlex.split(line.split("  ")[1])[1:])
+    assert exported.code == 0
+    assert f"The run is in '{run / 'export-1'}'." in exported.out
+    lines = [line.split("  ")[1] for line in exported.out.splitlines() if line.startswith("  epigram")]
+    assert [shlex.split(line)[1] for line in lines] == ["generate", "report"]
+    for line in lines:
+        assert shell(*shlex.split(line)[1:]).code == 0
+
+
 def test_over_a_limit(shell: Shell, finished: Path, tmp_path: Path):
     found = shell("export", finished, "--out", tmp_path / "out", "--set", "artifact.cap_bytes=20000", "--json")
     assert_one_sentence(found, "too many bytes", "artifact.over_cap", str(tmp_path / "out"))

@@ -85,6 +85,23 @@ def test_the_forecast_comes_before_the_training(finished: Path):
     assert expected == pytest.approx(result_of(finished)["total_bytes"], rel=0.1)
 
 
+def test_the_log_begins_with_folder_and_data(finished: Path, data):
+    folder, holdings = log_of(finished)[:2]
+    assert folder == f"run folder: {finished}"
+    train_tokens, val_tokens = len(data.stream("train")), len(data.stream("val"))
+    num_bytes = len(data.text("val", val_tokens))
+    assert holdings == (
+        f"data {data.path.name}: {train_tokens:,} tokens to train on, {val_tokens:,} ({num_bytes:,} bytes of text) "
+        "held out for the score"
+    )
+
+
+def test_a_folder_in_use_is_told_before_text_is_built(finished: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(job, "prepare_data", lambda path, config: pytest.fail("text is built"))
+    with pytest.raises(UserError, match="is not empty"):
+        run_job("smoke", data_path="text.txt", out=finished)
+
+
 def test_a_forecast_over_the_cap_is_a_warning(data_path: Path, tmp_path: Path):
     settings = ("artifact.cap_bytes=50000", "budget.max_steps=1", "schedule.momentum_warmup_steps=2")
     train_run(data_path, tmp_path / "run", *settings, until="train")

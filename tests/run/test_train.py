@@ -196,6 +196,15 @@ def test_measured_pace_is_real_whatever_drives_the_schedules(data: DataFolder, r
     session.loader.close()
 
 
+def test_a_slow_machine_is_not_silent(data: DataFolder, record: RunRecord, monkeypatch):
+    """Steps of 6 s, of which the recipe asks to see one in a thousand: after the first ten, a line comes every 18 s."""
+    session = make_session(data, "budget.steps=20", "run.log_every=1000")
+    fake_steps(monkeypatch, step_s=6.0)
+    train.train(session, record, dict)
+    assert [row["step"] for row in rows_of(record.folder)] == [*range(1, 11), 13, 16, 19]
+    session.loader.close()
+
+
 LONG_WARMDOWN = ("schedule.warmdown_frac=0", "schedule.warmdown_steps=100", "schedule.momentum_warmup_steps=5")
 
 
