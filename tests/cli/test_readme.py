@@ -50,6 +50,14 @@ def test_every_setting_it_names_exists():
         load_recipe("demo", [setting])
 
 
+def test_smaller_lanes_take_as_many_tokens_a_step():
+    (text,) = re.findall(r"A GPU with less memory .*?\n\n", README, re.DOTALL)
+    smaller, whole = load_recipe("h100", re.findall(r"--set\s(\S+?)[`\s]", text)), load_recipe("h100")
+    assert smaller.tokens_per_step == whole.tokens_per_step
+    assert 4 * smaller.flat_lanes[0].num_tokens == whole.flat_lanes[0].num_tokens
+    assert smaller.gradients.clip == "global", "as the one large lane is clipped"
+
+
 def test_every_recipe_is_in_its_table():
     for name in recipe_names():
         assert f"`{name}`" in README, name

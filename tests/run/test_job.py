@@ -26,7 +26,7 @@ from epigram.run.describe import describe
 from epigram.run.job import _new_folder, run_job
 from epigram.run.report.build import build as build_report
 from epigram.run.setup import Session
-from epigram.run.space import needed_bytes
+from epigram.run.space import check_memory, lane_memory_bytes, needed_bytes
 from epigram.run.weights import load_model
 
 
@@ -257,6 +257,27 @@ def test_a_disk_too_small_is_refused_before_training(data_path: Path, tmp_path: 
         train_run(data_path, run)
     assert result_of(run)["status"] == "failed"
     assert not (run / "checkpoints").exists()
+
+
+def test_a_recipe_for_gpus_is_refused_where_it_would_fill_the_memory(tmp_path: Path, monkeypatch):
+    """A lane of h100 took 25 GB and more on a CPU until the system killed the process."""
+    monkeypatch.setattr(job, "prepare_data", lambda path, config: pytest.fail("text is built"))
+    monkeypatch.setattr("epigram.run.space.memory_bytes", lambda: 16_000_000_000)
+    with pytest.raises(UserError, match=r"takes about \d\d GB of memory .* has 16: the recipe h100 is for GPUs, demo is"):
+        run_job("h100", out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    check_memory(load_recipe("h100"), "cuda")
+    check_memory(load_recipe("h100", ["lanes.0.num_seqs=2"]), "cpu")
+    check_memory(load_recipe("demo"), "cpu")
+
+
+def test_a_lane_takes_the_memory_that_was_measured():
+    """Peak memory of processes with two sizes of lanes, of which the difference is that of their tokens."""
+    wide = "model.vocab_size=1024", "model.num_layers=12", "model.model_dim=512", "model.mlp_dim=1536"
+    for recipe, settings, measured in (("demo", (), 115_000), ("h100", wide, 761_000)):
+        config = load_recipe(recipe, settings)
+        tokens = max(lane.num_tokens for lane in config.flat_lanes)
+        assert lane_memory_bytes(config) / tokens == pytest.approx(measured, rel=0.05)
 
 
 def test_what_a_run_will_write():

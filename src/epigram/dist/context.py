@@ -93,7 +93,8 @@ def _told(watching: watch.Watch | None) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _of_rank(watching, f"out of memory ({error}): use smaller lanes or another device", error) from error
+        smaller = "use smaller lanes (lanes.0.num_seqs; more of them, lanes.0.count, keep a step's tokens)"
+        raise _of_rank(watching, f"out of memory ({error}): {smaller} or another device", error) from error
     except (KeyboardInterrupt, UserError, OSError) as error:
         if watching is None:
             raise

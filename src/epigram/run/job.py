@@ -26,7 +26,7 @@ from epigram.run.record import CONFIG, RunRecord, check_new
 from epigram.run.score import adaptation_after, score_split
 from epigram.run.setup import CACHE, Losses, Session, build_model, build_session, check_fit, scoring_losses, state_of
 from epigram.run.size import forecast_bytes
-from epigram.run.space import check_room
+from epigram.run.space import check_memory, check_room
 from epigram.run.speed import scoring_work
 from epigram.run.summary import compressor_rows, log_summary
 from epigram.run.train import figures, save_checkpoint, train
@@ -60,6 +60,7 @@ def run_job(
     """
     with open_context(device) as context:
         config = run_config(resume, overrides) if resume else load_recipe(recipe, overrides)
+        check_memory(config, context.device.type)
         if out and not resume:  # before text is built, which may take minutes
             with collectives.together(context):
                 if context.is_main:

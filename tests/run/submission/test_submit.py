@@ -72,7 +72,9 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path):
     (changed / "config.toml").write_text(config.replace("warmdown_frac = 0.5", "warmdown_frac = 0.4"))
     refuses([runs[0], changed], "has other settings than .*in schedule")
     (changed / "config.toml").write_text(config.replace("cap_bytes = 1000000", "cap_bytes = 150000"))
-    refuses([changed], r"does not fit with its code: .* over the cap of 150,000; train with --set artifact.code_bytes=")
+    refuses([changed], r"does not fit with its code: .* of 150,000; .* --set artifact.over_cap=shrink$")
+    with pytest.raises(UserError, match="=shrink, or take --form packed"):
+        submit([changed], out, ABOUT, form="readable")
     (changed / "config.toml").write_text(config)
     facts = json.loads((changed / "environment.json").read_text())
     (changed / "environment.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "processes"}))
