@@ -51,7 +51,7 @@ def test_what_a_run_folder_holds(finished: Path, data_path: Path):
     assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
     assert sum(row["bytes"] for row in result["sizes"]) == result["artifact_bytes"]
     assert result["cap_bytes"] == 200_000
-    assert all(result[key] >= 0 for key in ("warmup_s", "train_s", "calibrate_s", "quantize_s", "pack_s"))
+    assert all(result[key] >= 0 for key in ("setup_s", "warmup_s", "train_s", "calibrate_s", "quantize_s", "pack_s"))
     assert result["step_ms"] == pytest.approx(1000 * result["train_s"] / 8, abs=0.2)
     assert result["sample"].startswith("The")
     assert parse_config(tomllib.loads((finished / "config.toml").read_text())).recipe == "smoke"
@@ -263,7 +263,9 @@ def test_a_recipe_for_gpus_is_refused_where_it_would_fill_the_memory(tmp_path: P
     """A lane of h100 took 25 GB and more on a CPU until the system killed the process."""
     monkeypatch.setattr(job, "prepare_data", lambda path, config: pytest.fail("text is built"))
     monkeypatch.setattr("epigram.run.space.memory_bytes", lambda: 16_000_000_000)
-    with pytest.raises(UserError, match=r"takes about \d\d GB of memory .* has 16: the recipe h100 is for GPUs, demo is"):
+    with pytest.raises(
+        UserError, match=r"takes about \d\d GB of memory .* has 16: the recipe h100 is for GPUs, demo is"
+    ):
         run_job("h100", out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
     check_memory(load_recipe("h100"), "cuda")

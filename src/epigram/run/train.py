@@ -35,7 +35,7 @@ _SILENT_S = 15.0
 """Seconds without a line after which a step is told although run.log_every does not ask for it: a recipe's number of
 steps that is a few seconds on the machine that it was made for may be minutes on another."""
 
-_FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "warmup_s")
+_FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "setup_s", "warmup_s")
 """Of the result, for a later export."""
 
 
