@@ -194,6 +194,18 @@ def test_a_run_ends_with_what_can_be_done_next(shell: Shell, data_path: Path, fi
         assert shell(*shlex.split(line)[1:]).code == 0
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_printed_is_a_recipe(shell: Shell, tmp_path: Path, name: str):
+    (tmp_path / "mine.toml").write_text(shell("describe", name, "--set", "seed=9", "--toml").out)
+    assert load_recipe(str(tmp_path / "mine.toml")) == load_recipe(name, ["seed=9"])
+
+
+def test_the_summary_of_the_demo_says_its_time(shell: Shell):
+    minutes = load_recipe("demo").budget.train_s / 60
+    words = {2.0: "two", 2.5: "two and a half", 3.0: "three"}[minutes]
+    assert f"laptop's CPU in {words} minutes\n" in shell("describe", "--list").out
+
+
 def test_over_a_limit(shell: Shell, finished: Path, tmp_path: Path):
     found = shell("export", finished, "--out", tmp_path / "out", "--set", "artifact.cap_bytes=20000", "--json")
     assert_one_sentence(found, "too many bytes", "artifact.over_cap", str(tmp_path / "out"))

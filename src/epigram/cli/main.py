@@ -21,9 +21,10 @@ def command() -> None:
     """Train the best language model that fits in a byte budget and a time budget, and prove its score.
 
     \b
-    Start:      epigram train demo              (a laptop's CPU, about a minute and a half of training)
+    Start:      epigram train demo              (a laptop's CPU, a few minutes)
     Your text:  epigram train demo --data my_text.txt
-    One H100:   epigram train h100 --data DIR
+    One H100:   epigram train h100 --data DIR   (epigram data fetch)
+    Machine:    epigram doctor                  (what a run would take on it)
     """
 
 
