@@ -14,7 +14,7 @@ import pytest
 from cli_helpers import Outcome, Shell
 from run_helpers import SHORT, result_of, write_text
 
-from epigram.cli.main import command
+from epigram.cli.main import command, share_processors
 from epigram.config import load_recipe, recipe_names
 from epigram.run.api import load
 from epigram.run.doctor import Finding
@@ -86,6 +86,20 @@ def test_the_program_itself(shell: Shell):
 def test_as_a_module_and_as_a_script():
     done = subprocess.run([sys.executable, "-m", "epigram", "--help"], capture_output=True, text=True, check=True)
     assert "Train the best language model" in done.stdout
+
+
+def test_waiting_threads_leave_the_processors_to_others(shell: Shell, monkeypatch):
+    """torch reads it when it is first imported, which no command line does before."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what main sets goes when the test ends
+        monkeypatch.delenv(name)
+    shell("--version")
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) < 100_000
+    chosen = {"OMP_WAIT_POLICY": "active"}
+    share_processors(chosen)
+    assert chosen == {"OMP_WAIT_POLICY": "active"}
+    code = "import sys, epigram.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # -- exit codes -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def test_every_figure_is_that_of_the_runs(good: Path, runs: list[Path]):
         assert line in readme
         assert (good / f"model_seed{seed}.epigram").read_bytes() == (run / "model.epigram").read_bytes()
     facts = json.loads((runs[0] / "environment.json").read_text())
+    assert f"--nproc-per-node {facts['processes']} train_gpt.py" in readme, "as many as the figures were made with"
     assert found["hardware"] == f"1 x {facts['device']['name']}" and facts["device"]["name"] == facts["cpu"]
     assert found["val_loss"] == pytest.approx(statistics.fmean(losses))
     assert found["val_loss_std"] == pytest.approx(statistics.stdev(losses))
