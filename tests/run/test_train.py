@@ -17,6 +17,7 @@ from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
 from epigram.dist.context import Context
 from epigram.optim.optimizer import Optimizer
+from epigram.quant.qat import fake_quantize
 from epigram.quantized import QuantizedTensor
 from epigram.run import budget, train
 from epigram.run.guard import DivergedError
@@ -82,6 +83,25 @@ def test_a_step_is_what_one_would_write_by_hand(data: DataFolder, clip: str):
         torch.testing.assert_close(session.average.state_dict()[f"average.{name}"], mean, rtol=1e-4, atol=ROUNDING)
     for used in (session.loader, twin.loader, windows):
         used.close()
+
+
+def test_quantization_in_training_reaches_every_matrix(session: Session):
+    """Each bank that the export rounds comes to the transform, and leaves it as the export's grid has it."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def transform(name: str, bank: Tensor) -> Tensor:
+        seen[name] = bank, session.quantized(name, bank)
+        return seen[name][1]
+
+    for bank in session.model.banks.parameters():  # some begin at zero, which has no rounding error
+        torch.nn.init.normal_(bank, std=0.1)
+    tokens = torch.randint(0, 512, (2, 33))
+    session.model.loss(tokens[:, :-1], tokens[:, 1:], None, 0.2, transform)
+    roles = {role.bank: role for role in session.model.roles().values() if role.kind == "matrix"}
+    assert seen.keys() == roles.keys()
+    for name, (bank, rounded) in seen.items():
+        assert rounded.equal(fake_quantize(bank, roles[name].splits, session.config.quant.grid)), name
+        assert not rounded.equal(bank), name
 
 
 def test_what_computes_a_step_needs_no_data(data: DataFolder):
