@@ -1,8 +1,10 @@
 """Plain values (tables, arrays, numbers, text) into typed dataclasses; every problem in one message."""
 
+import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import is_dataclass
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import cattrs
 from cattrs.gen import make_dict_structure_fn
@@ -11,6 +13,8 @@ from cattrs.v import format_exception
 from epigram.errors import UserError
 
 T = TypeVar("T")
+
+_UNKNOWN = "unknown key "
 
 
 def typed(tree: dict[str, Any], kind: type[T], prefix: str = "") -> T:
@@ -24,6 +28,7 @@ def typed(tree: dict[str, Any], kind: type[T], prefix: str = "") -> T:
             _converter(strict=False).structure(tree, kind)
         except Exception as further:
             problems += [problem for problem in _problems(further) if problem not in problems]
+        problems = [_with_suggestion(problem, kind) for problem in problems]
         raise UserError(prefix + "; ".join(problems)) from error
 
 
@@ -80,7 +85,7 @@ def _problems(error: BaseException, path: str = "") -> list[str]:
             found += _problems(inner, _extend(path, getattr(inner, "__notes__", [])))
         return found
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return [f"unknown key {_dotted(path, key)}" for key in sorted(error.extra_fields)]
+        return [f"{_UNKNOWN}{_dotted(path, key)}" for key in sorted(error.extra_fields)]
     if isinstance(error, KeyError):
         return [f"{_dotted(path, str(error.args[0]))} is missing"]
     if isinstance(error, TypeError | ValueError):
@@ -98,3 +103,26 @@ def _extend(path: str, notes: list[Any]) -> str:
 def _dotted(path: str, key: str) -> str:
     # A missing key's own note already names it.
     return path if path.endswith(f".{key}") or path == key else f"{path}.{key}".lstrip(".")
+
+
+def _with_suggestion(problem: str, kind: type) -> str:
+    """The problem; one of an unknown key with the keys that were probably meant: of that name in a section, else
+    beginning like it, else the most alike beside it."""
+    if not problem.startswith(_UNKNOWN):
+        return problem
+    wrong, keys = problem.removeprefix(_UNKNOWN), list(_keys(kind))
+    beside = [key for key in keys if key.count(".") == wrong.count(".")]
+    meant = (
+        [key for key in keys if key.endswith(f".{wrong}")]
+        or [key for key in beside if key.startswith(wrong)]
+        or difflib.get_close_matches(wrong, beside, n=1, cutoff=0.8)
+    )
+    return f"{problem} (did you mean {' or '.join(meant[:3])}?)" if meant else problem
+
+
+def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a dataclass, those of its sections behind the section's name and a dot; entries of arrays not."""
+    for name, hint in get_type_hints(kind).items():
+        yield prefix + name
+        if is_dataclass(hint):
+            yield from _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import pytest
 from cli_helpers import Outcome, Shell
 from run_helpers import SHORT, result_of, write_text
 
-from epigram.cli.main import command
+from epigram.cli.main import command, share_processors
 from epigram.config import load_recipe, recipe_names
 from epigram.run.api import load
 from epigram.run.doctor import Finding
@@ -86,6 +86,20 @@ def test_the_program_itself(shell: Shell):
 def test_as_a_module_and_as_a_script():
     done = subprocess.run([sys.executable, "-m", "epigram", "--help"], capture_output=True, text=True, check=True)
     assert "Train the best language model" in done.stdout
+
+
+def test_waiting_threads_leave_the_processors_to_others(shell: Shell, monkeypatch):
+    """torch reads it when it is first imported, which no command line does before."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what main sets goes when the test ends
+        monkeypatch.delenv(name)
+    shell("--version")
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) < 100_000
+    chosen = {"OMP_WAIT_POLICY": "active"}
+    share_processors(chosen)
+    assert chosen == {"OMP_WAIT_POLICY": "active"}
+    code = "import sys, epigram.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # -- exit codes -------------------------------------------------------------------------------------------------------
@@ -177,6 +191,33 @@ def test_a_vocabulary_that_does_not_fit(shell: Shell, data_path: Path, tmp_path:
 def test_a_folder_in_use(shell: Shell, data_path: Path, finished: Path):
     found = shell("train", "smoke", "--data", data_path, "--out", finished)
     assert_one_sentence(found, f"{finished} is not empty")
+
+
+def test_a_run_ends_with_what_can_be_done_next(shell: Shell, data_path: Path, finished: Path, tmp_path: Path):
+    """Each command that it names is one that works on the run."""
+    run = tmp_path / "a run"
+    trained = shell("train", "smoke", "--data", data_path, "--out", run, "--until", "train", *SETTINGS)
+    assert f"The run is in '{run}'." in trained.out
+    (line,) = [line for line in trained.out.splitlines() if line.startswith("  epigram")]
+    exported = shell(*shlex.split(line.split("  ")[1])[1:])
+    assert exported.code == 0
+    assert f"The run is in '{run / 'export-1'}'." in exported.out
+    lines = [line.split("  ")[1] for line in exported.out.splitlines() if line.startswith("  epigram")]
+    assert [shlex.split(line)[1] for line in lines] == ["generate", "report"]
+    for line in lines:
+        assert shell(*shlex.split(line)[1:]).code == 0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_printed_is_a_recipe(shell: Shell, tmp_path: Path, name: str):
+    (tmp_path / "mine.toml").write_text(shell("describe", name, "--set", "seed=9", "--toml").out)
+    assert load_recipe(str(tmp_path / "mine.toml")) == load_recipe(name, ["seed=9"])
+
+
+def test_the_summary_of_the_demo_says_its_time(shell: Shell):
+    minutes = load_recipe("demo").budget.train_s / 60
+    words = {2.0: "two", 2.5: "two and a half", 3.0: "three"}[minutes]
+    assert f"laptop's CPU in {words} minutes\n" in shell("describe", "--list").out
 
 
 def test_over_a_limit(shell: Shell, finished: Path, tmp_path: Path):

@@ -59,8 +59,8 @@ def test_against_a_record(shell, sides):
 
 def test_what_cannot_be_compared(shell, sides, tmp_path: Path):
     new, old = sides
-    other = write_run(tmp_path / "other", 4, 1.8, tokens=999)
-    assert "were scored differently (tokens 1000 and 999)" in shell("compare", *new, "--against", other).err
+    other = write_run(tmp_path / "other", 4, 1.8, tokens=999, bytes=2399)
+    assert "differently (tokens 1000 and 999; bytes 2400 and 2399)" in shell("compare", *new, "--against", other).err
     twice = write_run(tmp_path / "twice", 1, 1.8)
     found = shell("compare", *new, twice, "--against", *old)
     assert (found.code, "seed 1 comes twice" in found.err) == (2, True)
@@ -75,3 +75,14 @@ def test_unlike_settings_and_seeds_are_noted(shell, sides):
     found = shell("compare", *new, "--against", *old[:2])
     assert "new-3 had other settings than new-1" in found.err
     assert "compared as independent samples" in found.err
+
+
+def test_tokenizers_compare_by_the_bytes_of_one_text(shell, sides, tmp_path: Path):
+    """The same 2,400 bytes in fewer tokens; nats a token then say nothing."""
+    new, _ = sides
+    other = [write_run(tmp_path / f"large-{seed}", seed, 2.0 + 0.0101 * seed, tokens=900) for seed in (1, 2, 3)]
+    found = shell("compare", *new, "--against", *other)
+    assert found.code == 0, found.err
+    assert found.out.splitlines()[-1].startswith(f"RUN is better by {0.2002 / 1.7:.5f} bits per byte")
+    assert "(tokens 1000 and 900)" in shell("compare", *new, "--against", *other, "--metric", "nats").err
+    assert "(tokens 1000 and 900)" in shell("compare", *new, other[0], "--record", "1.9").err

@@ -29,7 +29,8 @@ def test_there_are_such_lines():
 @pytest.mark.parametrize("line", LINES)
 def test_each_is_accepted(line: str, monkeypatch):
     """Up to the work itself: names, options and values are known."""
-    words = shlex.split(line.replace("...", ""))[1:]
+    typed = line.replace("...", "").partition(" > ")[0]  # the rest is the shell's
+    words = shlex.split(typed)[1:]
     called: list[dict] = []
     group = command
     names = []
@@ -48,6 +49,12 @@ def test_every_setting_it_names_exists():
     assert len(settings) >= 4
     for setting in settings:
         load_recipe("demo", [setting])
+
+
+def test_a_gpu_with_less_memory_computes_a_lane_in_parts():
+    (text,) = re.findall(r"A GPU with less memory .*?\n\n", README, re.DOTALL)
+    config = load_recipe("h100", re.findall(r"--set\s(\S+?)[`\s]", text))
+    assert config.flat_lanes[0].parts(config.run.micro_tokens) == 3
 
 
 def test_every_recipe_is_in_its_table():

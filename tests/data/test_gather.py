@@ -39,6 +39,21 @@ def test_records_beside_text_leave_the_text_out(folder) -> None:
     assert gathered.notes == ("left out, as the folder holds records: LICENSE, README.md",)
 
 
+def test_all_files_that_are_no_text_are_named_at_once(folder) -> None:
+    """A character that the look at the beginning cuts in two is text; of one such file the reader says more."""
+    source = folder("a.txt", "b/latin.txt", "c.png", "d.txt")
+    (source / "b" / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (source / "d.txt").write_bytes(b"x" * 4095 + "\u20ac".encode() * 9)
+    assert len(gather([source]).files) == 4
+    (source / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    with pytest.raises(
+        DataError, match=r"^2 files of .* are not UTF-8 \(b/latin\.txt, c\.png\): convert .* out of the"
+    ):
+        gather([source])
+    (source / "one.jsonl").write_text("{}")
+    assert plan(gather([source])) == [("one.jsonl", "jsonl", BY_HASH)], "beside records they are not read"
+
+
 def test_a_folder_that_names_its_splits(folder) -> None:
     gathered = gather([folder("README.md", "train-00.jsonl", "train-01.jsonl", "val.jsonl", "test.jsonl")])
     assert plan(gathered) == [

@@ -201,6 +201,7 @@ def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
     [
         (b"good \xff bad", r"a\.txt is not UTF-8 at byte 5 \(0xff\)"),
         ("hello".encode("utf-16"), r"byte 0 .*looks like UTF-16"),
+        (b"%PDF-1.7\n%\xe2\xe3", r"byte 10 .*looks like a PDF, whose text has to be extracted first"),
         (gzip.compress(b"hello", mtime=0), r"looks compressed with gzip"),
         (b"x" * 300_000 + b"\n\n" + b"\x80", r"byte 300,002 \(0x80\)"),
     ],

@@ -150,6 +150,16 @@ def test_seeds_share_no_order() -> None:
             assert sum(a == b for a, b in zip(one, other, strict=True)) < 8
 
 
+def test_seeds_draw_from_other_shards() -> None:
+    """Which of a hundred equal shards a window of the first step is from, apart from where in it: expected agreement 1
+    of 100 or less."""
+    lanes = [Lane(seq_len=8, num_seqs=100)]
+    shards = [[shard for shard, _ in draw(streams_for([801] * 100, lanes, seed)[0], 1)] for seed in range(4)]
+    for i, one in enumerate(shards):
+        for other in shards[i + 1 :]:
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < 25
+
+
 def test_a_step_mixes_shards() -> None:
     """With many shards a step comes from at least min(8, lanes) of them at first, from up to 64 later."""
     shard_tokens = [20_000] * 100

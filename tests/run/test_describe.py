@@ -37,6 +37,7 @@ def test_every_recipe(name: str, capsys):
     printed = capsys.readouterr().out
     assert f"{found['parameters']:,} parameters" in printed
     assert f"{found['tokens_per_step']:,} tokens" in printed
+    assert "NVLink" not in printed, "one process sends nothing"
 
 
 def ranks_of(*overrides: str, gpus: int) -> list[int]:

@@ -26,7 +26,7 @@ from epigram.run.describe import describe
 from epigram.run.job import _new_folder, run_job
 from epigram.run.report.build import build as build_report
 from epigram.run.setup import Session
-from epigram.run.space import needed_bytes
+from epigram.run.space import check_memory, needed_bytes, token_memory_bytes
 from epigram.run.weights import load_model
 
 
@@ -83,6 +83,23 @@ def test_the_forecast_comes_before_the_training(finished: Path):
     assert lines.index(forecast) < next(i for i, line in enumerate(lines) if line.startswith("step:"))
     expected = int(forecast.split("about ")[1].split(" bytes")[0].replace(",", ""))
     assert expected == pytest.approx(result_of(finished)["total_bytes"], rel=0.1)
+
+
+def test_the_log_begins_with_folder_and_data(finished: Path, data):
+    folder, holdings = log_of(finished)[:2]
+    assert folder == f"run folder: {finished}"
+    train_tokens, val_tokens = len(data.stream("train")), len(data.stream("val"))
+    num_bytes = len(data.text("val", val_tokens))
+    assert holdings == (
+        f"data {data.path.name}: {train_tokens:,} tokens to train on, {val_tokens:,} ({num_bytes:,} bytes of text) "
+        "held out for the score"
+    )
+
+
+def test_a_folder_in_use_is_told_before_text_is_built(finished: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(job, "prepare_data", lambda path, config: pytest.fail("text is built"))
+    with pytest.raises(UserError, match="is not empty"):
+        run_job("smoke", data_path="text.txt", out=finished)
 
 
 def test_a_forecast_over_the_cap_is_a_warning(data_path: Path, tmp_path: Path):
@@ -240,6 +257,30 @@ def test_a_disk_too_small_is_refused_before_training(data_path: Path, tmp_path: 
         train_run(data_path, run)
     assert result_of(run)["status"] == "failed"
     assert not (run / "checkpoints").exists()
+
+
+def test_what_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch):
+    """A whole lane of h100 took 25 GB and more on a CPU until the system killed the process."""
+    whole = "run.micro_tokens=49152"
+    monkeypatch.setattr(job, "prepare_data", lambda path, config: pytest.fail("text is built"))
+    monkeypatch.setattr("epigram.run.space.memory_bytes", lambda: 16_000_000_000)
+    with pytest.raises(
+        UserError,
+        match=r"49,152 tokens at a time take about \d\d GB of memory .* has 16: set run.micro_tokens=24576 or",
+    ):
+        run_job("h100", out=tmp_path / "run", overrides=[whole], device="cpu")
+    assert not (tmp_path / "run").exists()
+    check_memory(load_recipe("h100", [whole]), "cuda")
+    for recipe in ("h100", "pr1212", "demo"):
+        check_memory(load_recipe(recipe), "cpu")
+
+
+def test_a_token_takes_the_memory_that_was_measured():
+    """Peak memory of processes with two sizes of lanes, of which the difference is that of their tokens."""
+    wide = "model.vocab_size=1024", "model.num_layers=12", "model.model_dim=512", "model.mlp_dim=1536"
+    for recipe, settings, measured in (("demo", (), 115_000), ("h100", wide, 761_000)):
+        config = load_recipe(recipe, settings)
+        assert token_memory_bytes(config.model) == pytest.approx(measured, rel=0.05)
 
 
 def test_what_a_run_will_write():

@@ -17,6 +17,7 @@ from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
 from epigram.dist.context import Context
 from epigram.optim.optimizer import Optimizer
+from epigram.quant.qat import fake_quantize
 from epigram.quantized import QuantizedTensor
 from epigram.run import budget, train
 from epigram.run.guard import DivergedError
@@ -112,6 +113,25 @@ def test_gradients_of_parts_add_up(most_tokens: int, shapes: set[tuple[int, int]
     torch.testing.assert_close(sum_of_parts, loss, rtol=1e-5, atol=0)
     for name, gradient in gradients.items():
         assert (gradient - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
+
+
+def test_quantization_in_training_reaches_every_matrix(session: Session):
+    """Each bank that the export rounds comes to the transform, and leaves it as the export's grid has it."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def transform(name: str, bank: Tensor) -> Tensor:
+        seen[name] = bank, session.quantized(name, bank)
+        return seen[name][1]
+
+    for bank in session.model.banks.parameters():  # some begin at zero, which has no rounding error
+        torch.nn.init.normal_(bank, std=0.1)
+    tokens = torch.randint(0, 512, (2, 33))
+    session.model.loss(tokens[:, :-1], tokens[:, 1:], None, 0.2, transform)
+    roles = {role.bank: role for role in session.model.roles().values() if role.kind == "matrix"}
+    assert seen.keys() == roles.keys()
+    for name, (bank, rounded) in seen.items():
+        assert rounded.equal(fake_quantize(bank, roles[name].splits, session.config.quant.grid)), name
+        assert not rounded.equal(bank), name
 
 
 def test_what_computes_a_step_needs_no_data(data: DataFolder):
@@ -223,6 +243,15 @@ def test_measured_pace_is_real_whatever_drives_the_schedules(data: DataFolder, r
     assert [row["step_ms"] for row in rows] == pytest.approx([250.0] * 6)
     assert [row["tokens_per_s"] for row in rows] == pytest.approx([768 / 0.25] * 6)
     assert session.trained_s == 1.5
+    session.loader.close()
+
+
+def test_a_slow_machine_is_not_silent(data: DataFolder, record: RunRecord, monkeypatch):
+    """Steps of 6 s, of which the recipe asks to see one in a thousand: after the first ten, a line comes every 18 s."""
+    session = make_session(data, "budget.steps=20", "run.log_every=1000")
+    fake_steps(monkeypatch, step_s=6.0)
+    train.train(session, record, dict)
+    assert [row["step"] for row in rows_of(record.folder)] == [*range(1, 11), 13, 16, 19]
     session.loader.close()
 
 

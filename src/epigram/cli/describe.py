@@ -19,17 +19,33 @@ from epigram.cli.options import finish, json_option, set_option
     metavar="RUN",
     help="Correct the forecast of bytes by what this finished run came to (repeatable).",
 )
+@click.option("--toml", "as_toml", is_flag=True,
+              help="Print every setting with its value instead, as a file to change and to train.")  # fmt: skip
 @json_option()
 def command(
-    recipe: str, overrides: tuple[str, ...], gpus: int, only_list: bool, past: tuple[Path, ...], as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    gpus: int,
+    only_list: bool,
+    past: tuple[Path, ...],
+    as_toml: bool,
+    as_json: bool,
 ) -> None:
-    """Show parameters, bytes against the cap, operations, lanes and schedules of RECIPE."""
-    from epigram.config import load_recipe, recipe_names
+    """Show parameters, bytes against the cap, operations, lanes and schedules of RECIPE.
+
+    A recipe of your own: epigram describe demo --toml > mine.toml, then epigram train mine.toml
+    """
+    from epigram.config import load_recipe, recipe_names, to_tree
     from epigram.run.describe import describe, print_description
 
     if only_list:
         for name in recipe_names():
             click.echo(f"{name:10} {load_recipe(name).summary}")
+        return
+    if as_toml:
+        import tomli_w
+
+        click.echo(tomli_w.dumps(to_tree(load_recipe(recipe, overrides))), nl=False)
         return
     description = describe(load_recipe(recipe, overrides), gpus, past)
     print_description(description)

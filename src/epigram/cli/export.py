@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from epigram.cli.options import data_option, device_option, finish, json_option, set_option
+from epigram.cli.options import data_option, device_option, finish, json_option, set_option, tell_run
 
 
 @click.command("export")
@@ -23,4 +23,6 @@ def command(
     """
     from epigram.run.job import export_job
 
-    finish(export_job(run, data_path=data_path, out=out, overrides=overrides, device=device), as_json)
+    result = export_job(run, data_path=data_path, out=out, overrides=overrides, device=device)
+    tell_run(result)
+    finish(result, as_json)

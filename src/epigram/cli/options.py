@@ -1,6 +1,7 @@
 """Options that several commands share, and how results are printed."""
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,23 @@ def set_option(
         metavar="KEY=VALUE",
         help=help_,
     )
+
+
+def tell_run(result: dict[str, Any]) -> None:
+    """Where a run is, and what can be done with it next."""
+    if not result:  # of several processes only the first has one
+        return
+    run = shlex.quote(result["run"])
+    if "artifact_bytes" in result:
+        next_steps = {
+            f'epigram generate {run} --prompt "Once"': "continues a prompt",
+            f"epigram report {run}": "writes a page of its curves and tables",
+        }
+    else:
+        next_steps = {f"epigram export {run}": "quantizes, packs and scores what was trained"}
+    click.echo(f"\nThe run is in {run}. Next:")
+    for line, what in next_steps.items():
+        click.echo(f"  {line}  {what}")
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from epigram.cli.options import data_option, device_option, finish, json_option, set_option
+from epigram.cli.options import data_option, device_option, finish, json_option, set_option, tell_run
 
 
 @click.command("train")
@@ -58,4 +58,5 @@ def command(
         device=device,
         warn=reserve_warning,
     )
+    tell_run(result)
     finish(result, as_json)

@@ -1,5 +1,6 @@
 """From the paths that a user names to the list of files to read, each with the source that reads it."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ _NAMES = {"train": {"train", "training"}, "val": {"val", "valid", "validation"},
 _REMOTE = re.compile(r"hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.*))?")
 _SPOOL_CHARS = 40  # of a name on the hub, at most 4 bytes each, that its name on this disk ends with
 BY_HASH = "by hash"
+_BEGINNING_BYTES = 4096  # of a file, which tell text from pictures and from other encodings
+_NAMED = 20  # files that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,8 @@ def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFi
         raise DataError(f"folder {folder} holds no files: name another")
     kinds = {path: base.source_for(path) for path in found}
     records = [path for path in found if kinds[path] != base.FALLBACK]
+    if not records:
+        _refuse_unlike_text(found, folder)
     if records and len(records) < len(found):
         notes.append(
             _note("left out, as the folder holds records", folder, [p for p in found if p not in set(records)])
@@ -204,6 +209,29 @@ def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFi
         )
         for path in records or found
     ]
+
+
+def _refuse_unlike_text(paths: list[Path], folder: Path) -> None:
+    """Raise DataError with all files of a folder that begin with what is no UTF-8, where there are several: told one by
+    one, each would take a run of its own. A single one is told, with its byte, when it is read."""
+    unlike = [_readable(path.relative_to(folder).as_posix()) for path in paths if not _begins_as_text(path)]
+    if len(unlike) > 1:
+        names = ", ".join(unlike[:_NAMED]) + (f" and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else "")
+        raise DataError(
+            f"{len(unlike)} files of {folder} are not UTF-8 ({names}): convert text to UTF-8 (for example with iconv), "
+            "and move what is no text, such as pictures, out of the folder"
+        )
+
+
+def _begins_as_text(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            codecs.getincrementaldecoder("utf-8")().decode(file.read(_BEGINNING_BYTES))  # may end within a character
+    except UnicodeDecodeError:
+        return False
+    except OSError:  # told when it is read
+        return True
+    return True
 
 
 def _refuse_unreadable(error: OSError) -> None:

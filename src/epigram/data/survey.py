@@ -191,7 +191,7 @@ def val_limit(
     if len(hashes) < 2:
         raise DataError(
             "there is only one document, so none can be held out for validation: give more text, or "
-            "validation text with --val"
+            "validation text by epigram data build --val"
         )
     num_val = min(max(round(val_fraction * len(hashes)), 1), len(hashes) - 1)
     return hashes[num_val - 1] + 1

@@ -42,7 +42,9 @@ def compare_runs(
     Raises UserError for runs that are not finished, repeat a seed, or were scored on other text or in another way.
     """
     ours, theirs = [read_scored(path) for path in runs], [read_scored(path) for path in against]
-    require_comparable([*ours, *theirs])
+    require_comparable([*ours, *theirs], metric)
+    if record_nats is not None:
+        require_comparable(ours)
     mine, other = by_seed(ours, metric), by_seed(theirs, metric)
     model, method, *_ = ours[0].how
     found: dict[str, Any] = {"metric": metric, "scored": f"{model}, {method}", "sides": {"runs": _side(ours, metric)}}
@@ -86,11 +88,17 @@ def _settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.config.items() if key != "seed"}
 
 
-def require_comparable(runs: Sequence[Scored]) -> None:
-    """Raise UserError naming the first run whose score is of another kind than that of the first."""
+def require_comparable(runs: Sequence[Scored], metric: str = "nats") -> None:
+    """Raise UserError naming the first run whose score is of another kind than that of the first.
+
+    Bits per byte of the same bytes compare whatever the tokenizers, so that their numbers of tokens may differ.
+    """
     names = ("model", "method", *_HOW)
     for run in runs[1:]:
-        if unlike := [f"{n} {a} and {b}" for n, a, b in zip(names, runs[0].how, run.how, strict=True) if a != b]:
+        rows = list(zip(names, runs[0].how, run.how, strict=True))
+        if metric == "bpb" and all(name != "bytes" or a == b is not None for name, a, b in rows):
+            rows = [row for row in rows if row[0] != "tokens"]
+        if unlike := [f"{name} {a} and {b}" for name, a, b in rows if a != b]:
             raise UserError(
                 f"{runs[0].name} and {run.name} were scored differently ({'; '.join(unlike)}): "
                 "export both with the same score settings and data"

@@ -144,11 +144,16 @@ def print_description(description: dict[str, Any]) -> None:
             description["lanes"],
         ),
         ("numbers of processes that work", description["world_sizes"]),
-        ("what each process sends in a step, and ms over NVLink (H100)", description["wire"]),
+        (
+            "what each process sends in a step, and ms over NVLink (H100)",
+            [message for message in description["wire"] if message["sent_bytes"]],
+        ),
         ("training operations of a token", description["flops_per_token"]),
         ("schedules", description["schedule"]),
     ]
     for title, rows in tables:
+        if not rows:  # one process sends nothing
+            continue
         table = Table(title=title, title_justify="left")
         for column in rows[0]:
             table.add_column(column, justify="left" if column in ("part", "what", "behind") else "right")

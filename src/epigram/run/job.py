@@ -22,11 +22,11 @@ from epigram.run.budget import timed
 from epigram.run.export import Quantized, over_budget, quantize
 from epigram.run.fit import pack_to_fit
 from epigram.run.machine import computing, environment, peak_memory_bytes
-from epigram.run.record import CONFIG, RunRecord
+from epigram.run.record import CONFIG, RunRecord, check_new
 from epigram.run.score import adaptation_after, score_split
 from epigram.run.setup import CACHE, Losses, Session, build_model, build_session, check_fit, scoring_losses, state_of
 from epigram.run.size import forecast_bytes
-from epigram.run.space import check_room
+from epigram.run.space import check_memory, check_room
 from epigram.run.speed import scoring_work
 from epigram.run.summary import compressor_rows, log_summary
 from epigram.run.train import figures, save_checkpoint, train
@@ -60,6 +60,11 @@ def run_job(
     """
     with open_context(device) as context:
         config = run_config(resume, overrides) if resume else load_recipe(recipe, overrides)
+        check_memory(config, context.device.type)
+        if out and not resume:  # before text is built, which may take minutes
+            with collectives.together(context):
+                if context.is_main:
+                    check_new(out)
         saved = checkpoint.load(resume) if resume else None
         data = prepare_data(data_path or (_data_of(saved) if saved else "stdlib"), config)
         times: dict[str, float] = {}
@@ -247,6 +252,8 @@ def _begin(session: Session, record: RunRecord) -> None:
     record.environment(environment(session.paths, **computing(context.device, context.world_size)))
     if record.writes:
         (record.folder / TOKENIZER).write_bytes(data.tokenizer.proto)
+    record.log(f"run folder: {record.folder}")
+    record.log(_holdings(data))
     for name, choice in session.paths.items():
         record.log(f"{name}: {choice}")
     num_parameters = sum(p.numel() for p in session.model.parameters())
@@ -259,6 +266,14 @@ def _begin(session: Session, record: RunRecord) -> None:
     )
     if data.transform:  # whoever loads a checkpoint must know it
         record.update(transform=data.transform)
+
+
+def _holdings(data: DataFolder) -> str:
+    """How much there is to learn from and to be scored on, in a line."""
+    train, val = data.num_tokens("train"), data.num_tokens("val")
+    num_bytes = data.split_bytes("val")
+    of_text = f" ({num_bytes:,} bytes of text)" if num_bytes is not None else ""
+    return f"data {data.path.name}: {train:,} tokens to train on, {val:,}{of_text} held out for the score"
 
 
 def _log_time(record: RunRecord, times: dict[str, float], name: str, words: str, end: str = "") -> None:

@@ -243,14 +243,20 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
+def check_new(folder: Path) -> None:
+    """Raises UserError where a folder cannot become a new run's: it is in use, or cannot be read."""
     try:
         used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be read: {error.strerror}") from error
-    if used and not resume:
+    if used:
         raise UserError(f"{folder} is not empty: choose another folder, or go on with its run by --resume")
-    if resume and not (folder / CONFIG).is_file():
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if not resume:
+        check_new(folder)
+    elif not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no run to go on with: it has no {CONFIG}")
 
 

@@ -32,6 +32,10 @@ UPDATE = "epigram update"
 _PACE_KNOWN = 10
 """Steps after which their time tells how many there will be."""
 
+_SILENT_S = 15.0
+"""Seconds without a line after which a step is told although run.log_every does not ask for it: a recipe's number of
+steps that is a few seconds on the machine that it was made for may be minutes on another."""
+
 _FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "setup_s", "warmup_s")
 """Of the result, for a later export."""
 
@@ -83,6 +87,7 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
     session.clock.start(session.trained_s)
     watch.start(session.trained_s)
     next_checkpoint_s: float | None = None
+    told_s = session.trained_s
 
     def checkpoint_now() -> None:
         pace.drain()  # what the device has not done yet does count
@@ -112,9 +117,10 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
             measured = train_step(session, plan)
             session.step += 1
             pace.push(plan, measured)
-            if run.log_every and (session.step % run.log_every == 0 or session.step <= 10):
+            if run.log_every and _is_told(session, watch, told_s):
                 pace.drain()
                 record.step(**_log_line(session, pace, watch))
+                told_s = watch.elapsed_s(session.step)
             if run.check_every and session.step % run.check_every == 0:
                 check_replicas(session.context, dict(session.model.named_parameters()), session.step)
             if next_checkpoint_s is None:
@@ -246,6 +252,12 @@ def resume(session: Session, saved: checkpoint.Checkpoint) -> None:
 def _is_over(session: Session, elapsed_s: float) -> bool:
     limit = session.config.budget.max_steps
     return elapsed_s >= session.config.budget.optimize_s or (limit > 0 and session.step >= limit)
+
+
+def _is_told(session: Session, watch: WallClock, told_s: float) -> bool:
+    """Whether the step just taken gets a line; told_s: when the last one had."""
+    step = session.step
+    return step <= 10 or step % session.config.run.log_every == 0 or watch.elapsed_s(step) - told_s >= _SILENT_S
 
 
 def _warn_of_shortfalls(session: Session, record: RunRecord, elapsed_s: float) -> None:

@@ -42,6 +42,7 @@ def test_every_figure_is_that_of_the_runs(good: Path, runs: list[Path]):
         assert line in readme
         assert (good / f"model_seed{seed}.epigram").read_bytes() == (run / "model.epigram").read_bytes()
     facts = json.loads((runs[0] / "environment.json").read_text())
+    assert f"--nproc-per-node {facts['processes']} train_gpt.py" in readme, "as many as the figures were made with"
     assert found["hardware"] == f"1 x {facts['device']['name']}" and facts["device"]["name"] == facts["cpu"]
     assert found["val_loss"] == pytest.approx(statistics.fmean(losses))
     assert found["val_loss_std"] == pytest.approx(statistics.stdev(losses))
@@ -72,7 +73,9 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path):
     (changed / "config.toml").write_text(config.replace("warmdown_frac = 0.5", "warmdown_frac = 0.4"))
     refuses([runs[0], changed], "has other settings than .*in schedule")
     (changed / "config.toml").write_text(config.replace("cap_bytes = 1000000", "cap_bytes = 150000"))
-    refuses([changed], r"does not fit with its code: .* over the cap of 150,000; train with --set artifact.code_bytes=")
+    refuses([changed], r"does not fit with its code: .* of 150,000; .* --set artifact.over_cap=shrink$")
+    with pytest.raises(UserError, match="=shrink, or take --form packed"):
+        submit([changed], out, ABOUT, form="readable")
     (changed / "config.toml").write_text(config)
     facts = json.loads((changed / "environment.json").read_text())
     (changed / "environment.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "processes"}))

@@ -41,6 +41,9 @@ _MARKS = {  # first bytes of what is often taken for text
     b"\x28\xb5\x2f\xfd": "compressed with Zstandard, which is read for .jsonl.zst only",
     b"\xfd7zXZ": "compressed with xz, which is not read",
     b"PK\x03\x04": "like a zip archive or an office document",
+    b"%PDF-": "like a PDF, whose text has to be extracted first",
+    b"\x89PNG": "like a picture",
+    b"\xff\xd8\xff": "like a picture",
 }
 
 

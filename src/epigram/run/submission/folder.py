@@ -84,7 +84,7 @@ def submit(
     sources = read_runs(runs)
     config = _shared_config(sources)
     code = single_file(config, form)
-    _require_fit(sources, len(code))
+    _require_fit(sources, len(code), form)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         beside = Path(scratch) / "record"
@@ -139,7 +139,7 @@ def _without_seed(config: Config) -> dict[str, Any]:
     return to_tree(replace(config, seed=0, artifact=replace(config.artifact, code_bytes=0)))
 
 
-def _require_fit(sources: Sequence[Source], code_bytes: int) -> None:
+def _require_fit(sources: Sequence[Source], code_bytes: int, form: str) -> None:
     """Raise UserError if any seed is over its cap with the code as it ships."""
     for source in sources:
         size = source.result["artifact_bytes"]
@@ -147,7 +147,7 @@ def _require_fit(sources: Sequence[Source], code_bytes: int) -> None:
         if not check.fits:
             raise UserError(
                 f"{source.path} does not fit with its code: {check}; train with --set artifact.code_bytes={code_bytes} "
-                "--set artifact.over_cap=shrink, or take --form packed"
+                f"--set artifact.over_cap=shrink{'' if form == 'packed' else ', or take --form packed'}"
             )
 
 

@@ -27,7 +27,7 @@ def readme(found: Mapping[str, Any], logs: Sequence[LogFacts], config: Config, e
         "## Bytes",
         _bytes(found),
         "## Running it",
-        _commands(found, config),
+        _commands(found, config, environment["processes"]),
         "## Time",
         _time(found, config),
         "## What the score may use",
@@ -121,18 +121,20 @@ def _bytes(found: Mapping[str, Any]) -> str:
     )
 
 
-def _commands(found: Mapping[str, Any], config: Config) -> str:
-    lanes = len(config.flat_lanes)
-    most = max(n for n in range(1, 9) if lanes % n == 0)
+def _commands(found: Mapping[str, Any], config: Config, processes: int) -> str:
+    """How to repeat it, on as many processes as it ran on: with others a run gets more or fewer steps in its time."""
+    most = len(config.flat_lanes)
+    launch = f"torchrun --standalone --nproc-per-node {processes}"
+    others = f" Any number of processes up to {most} runs the same recipe, its lanes in turn." if most > 1 else ""
     seeds, first = " ".join(map(str, found["seeds"])), found["seeds"][0]
     return (
         "```\npip install -r requirements.txt\n"
         f"for seed in {seeds}; do\n"
-        f"    torchrun --standalone --nproc-per-node {most} train_gpt.py --data DATA --seed $seed --out run_$seed\n"
+        f"    {launch} train_gpt.py --data DATA --seed $seed --out run_$seed\n"
         "done\n"
         f"python train_gpt.py --data DATA --score run_{first}/model.epigram      # score an artifact alone\n```\n\n"
-        "DATA is a folder with token shards (`*_train_*.bin`, `*_val_*.bin`) and their tokenizer (`*.model`). Fewer "
-        "processes run the same recipe, their lanes in turn."
+        "DATA is a folder with token shards (`*_train_*.bin`, `*_val_*.bin`) and their tokenizer (`*.model`)."
+        f"{others}"
     )
 
 
