@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epigram.attention.base import TOO_MANY_DOCUMENTS
 from epigram.byte_tables import ByteTables
+from epigram.capability import float64_device
 from epigram.errors import UserError
 from epigram.evaluation.adapt import Adapter, chunks
 from epigram.evaluation.bpb import Score, check_bytes, count_bytes
@@ -148,7 +149,7 @@ def sum_losses(
     found: Iterable[Part], device: torch.device, advance: Callable[[float], None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The losses that count, added up, and their number: float64 () and int64 (), still on the device."""
-    home = torch.device("cpu") if device.type == "mps" else device  # Apple's devices have no float64
+    home = float64_device(device)
     nats = torch.zeros((), dtype=torch.float64, device=home)
     counted = torch.zeros((), dtype=torch.int64, device=home)
     for part in found:

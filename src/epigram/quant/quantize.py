@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from epigram import plugin
+from epigram.capability import float64_device
 from epigram.errors import ArtifactError, UserError
 from epigram.quant.config import METHODS, QuantConfig, needs_hessians
 from epigram.quant.grid import GridConfig
@@ -29,7 +30,7 @@ def quantize_model(
 ) -> tuple[Stored, QuantReport]:
     """Quantize all parameters; returns the stored tensors by name, on the CPU, and what that cost.
 
-    named: parameters (floats of any dtype, on any one device, which does the work); roles: same keys.
+    named: parameters (floats of any dtype, on any one device, which does the work if it has float64); roles: same keys.
     hessians: by tap, undamped (`HessianCollector.finish`); also used for the report when the method needs
     none. advance: called with the number of weights done after each batch.
 
@@ -128,7 +129,7 @@ def _quantize_batch(
     """Quantize parts of equal grid and shape by one call."""
     grid = batch[0].grid
     assert grid is not None
-    weights = torch.stack([part.tensor for part in batch]).to(torch.float32)
+    weights = torch.stack([part.tensor for part in batch]).to(float64_device(batch[0].tensor.device), torch.float32)
     measured = all(part.tap in hessians for part in batch)
     stack = torch.stack([hessians[part.tap] for part in batch]).to(weights) if measured else None
     own_config = getattr(config, method, None)  # the settings of a method are under its own name
@@ -153,7 +154,7 @@ def _to_float16(batch: Sequence[Part]) -> tuple[Stored, dict[str, Measure]]:
     stored: Stored = {}
     measures = {}
     for part in batch:
-        weight = part.tensor.detach().to("cpu", torch.float64)
+        weight = part.tensor.detach().cpu().to(torch.float64)
         stored[part.name] = half = weight.to(torch.float16)
         energy, error = float(weight.square().sum()), float((weight - half.to(torch.float64)).square().sum())
         measures[part.name] = Measure(
