@@ -13,11 +13,12 @@ _LINE_EVERY_S = 5.0  # between plain lines where output is no terminal
 class Progress:
     """Context manager that reports how far a piece of work is, on standard error.
 
-    `total` is in the same unit as `advance`; without it only the count and the rate are shown.
+    `total` is in the same unit as `advance`; without it only the count and the rate are shown. shown: False in all but
+    one of several processes at the same work.
     """
 
-    def __init__(self, description: str, total: float | None = None, unit: str = "") -> None:
-        self.description, self.total, self.unit = description, total, unit
+    def __init__(self, description: str, total: float | None = None, unit: str = "", *, shown: bool = True) -> None:
+        self.description, self.total, self.unit, self.shown = description, total, unit, shown
         self.done = 0.0
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Any = None
@@ -40,6 +41,8 @@ class Progress:
 
     def begin(self, part: str) -> None:
         """`part` of the work starts, to be named at once, or when the work turns out to take long."""
+        if not self.shown:
+            return
         self._forget_part()
         self._part = part
         wait_s = _QUIET_S - (time.monotonic() - self._start_s)
@@ -72,7 +75,7 @@ class Progress:
         """`done` of `total` is done."""
         self.done = done
         now_s = time.monotonic()
-        if now_s - self._start_s < _QUIET_S:
+        if not self.shown or now_s - self._start_s < _QUIET_S:
             return
         if sys.stderr.isatty():
             self._show_bar()

@@ -66,8 +66,8 @@ def score(
     shares = [rank_share(group, rank, world_size) for group in groups]
     found = _released(nll, tokens, groups, method, device, batch_tokens, adapter, rank, world_size, pace)
     total = sum(share.num_scored for share in shares)
-    with torch.no_grad(), Progress(f"score {method.name}", total, "tokens") as bar:
-        nats, counted = sum_losses(found, device, bar.advance if progress else None)
+    with torch.no_grad(), Progress(f"score {method.name}", total, "tokens", shown=progress) as bar:
+        nats, counted = sum_losses(found, device, bar.advance)
     own_bytes = sum(count_bytes(tokens, tables, *share.scored, byte_counts) for share in shares)
     num_bytes = torch.tensor(own_bytes, device=nats.device)
     sums = torch.stack([nats, counted.double(), num_bytes.double()])

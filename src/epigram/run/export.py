@@ -57,7 +57,8 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
         source = config.quant.calibration.provenance()
     context.synchronize()
     calibrated_s = time.perf_counter()
-    with Progress("quantize", sum(p.numel() for p in named.values()), "weights") as bar:
+    num_weights = sum(p.numel() for p in named.values())
+    with Progress("quantize", num_weights, "weights", shown=context.is_main) as bar:
         stored, report = quantize_model(named, roles, hessians, config.quant, bar.advance)
     context.synchronize()
     return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s, hessians)
@@ -71,7 +72,7 @@ def calibrate(model: GPT, config: Config, batches: Iterable[Tensor], context: Co
     with (
         torch.no_grad(),
         attention_for_eager(model, context),
-        Progress("calibrate", config.quant.calibration.num_windows, "windows") as bar,
+        Progress("calibrate", config.quant.calibration.num_windows, "windows", shown=context.is_main) as bar,
     ):
         for windows in batches:
             model(windows.to(context.device), tap=collector.tap)

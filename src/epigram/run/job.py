@@ -162,7 +162,7 @@ def finish_run(
     with collectives.together(context):
         if context.is_main:
             _pack(path, config, model, quantized, data, record)
-    packed = load_model(path, str(context.device), tokenizer=data.tokenizer)
+    packed = load_model(path, str(context.device), tokenizer=data.tokenizer, shown=context.is_main)
     # What is scored are the weights of the file; the graph that scored the float model serves again.
     model.load_state_dict(packed.gpt.state_dict())
     for name in config.score.methods:
