@@ -62,21 +62,20 @@ class Cache:
     """The state of a batch of sequences that are read piece by piece.
 
     context_len: positions that full-attention layers may look back, their own included; windowed layers keep their
-    window. Never look further than training did: the score falls apart beyond. `rope_len` fixes the rotary base.
-    limits: such a number for each layer instead of context_len, 0 for the latter. attend: the backend of all layers;
-    None for those of the model.
+    window. Never look further than training did: the score falls apart beyond. It also fixes the rotary base. limits:
+    such a number for each layer instead of context_len, 0 for the latter. attend: the backend of all layers; None for
+    those of the model.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         context_len: int,
-        rope_len: int | None = None,
         *,
         limits: Sequence[int] = (),
         attend: Attend | None = None,
     ) -> None:
-        self.rope_len = rope_len or context_len
+        self.context_len = context_len
         self.attend = attend
         self.position = 0  # of the next token
         self.previous_token: Tensor | None = None  # (B,)

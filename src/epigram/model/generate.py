@@ -63,7 +63,6 @@ def stream(
     sampling: Sampling,
     *,
     context_len: int,
-    rope_len: int | None = None,
     banned: Sequence[int] = (),
 ) -> Iterator[int]:
     """Up to `num_tokens` tokens that continue `prompt` (at least one token), one at a time.
@@ -71,7 +70,7 @@ def stream(
     context_len: how far back full-attention layers look; see `Cache`. banned: tokens that are never chosen.
     """
     assert len(prompt) > 0
-    cache = Cache(model.config, context_len, rope_len)
+    cache = Cache(model.config, context_len)
     generator = torch.Generator().manual_seed(sampling.seed)
     tokens = torch.tensor([list(prompt)], device=model.embed.device)
     for _ in range(num_tokens):

@@ -150,7 +150,7 @@ class GPT(nn.Module):
         """Tokens (B, T) to normalised final states (B, T, D) in the compute precision.
 
         rope_len: the window length whose rotary base is used; T when not given. With a cache the tokens continue what
-        the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
+        the cache holds, and its context_len counts. last: only the states of the last positions, (B, last, D); what the
         last layer need not compute for the others, it does not. kernels: instead of the model's own. lora: what each
         row's own adapters add in the layers.
         """
@@ -220,7 +220,7 @@ class GPT(nn.Module):
     def _shape(self, tokens: Tensor, rope_len: int | None, cache: Cache | None) -> Shape:
         c, length = self.config, tokens.shape[1]
         start = cache.position if cache is not None else 0
-        rope_len = cache.rope_len if cache is not None else (rope_len or length)
+        rope_len = cache.context_len if cache is not None else rope_len or length
         rotary = rotary_tables(c, start, length, rope_len, tokens.device, self.compute_dtype)
         return Shape(HeadCounts(c.num_heads, c.num_kv_heads, c.head_dim), rotary, c.mlp_slope)
 
@@ -315,10 +315,10 @@ class GPT(nn.Module):
             stream, skipped = self.skip.coefficients()
             taking = owns[half : half + self.config.num_skips]
             for index, (own, skip) in enumerate(zip(taking * stream, taking * skipped, strict=True)):
-                if half == 0 or index > 0:
-                    mixes[half + index] = (own, firsts[half + index], (half - 1 - index, skip))
-                else:
+                if index == 0:
                     mixes[half] = (own + skip, firsts[half], None)
+                else:
+                    mixes[half + index] = (own, firsts[half + index], (half - 1 - index, skip))
         return mixes
 
     def _backends(self, cache: Cache | None, reach: Tensor | None) -> tuple[Attend, Attend]:
