@@ -144,6 +144,15 @@ def test_calibration_on_text_that_the_model_writes(finished: Path, tmp_path: Pat
     assert artifact.inspect(finished / "model.epigram").contents["provenance"]["kind"] == "train"
 
 
+def test_any_table_method_gets_the_hessians_that_it_needs(finished: Path, data: DataFolder, monkeypatch):
+    """A quantizer that somebody adds, not only gptq."""
+    model, config = load_model(finished, "cpu").gpt, short("quant.table_method=rtn")
+    windows = [torch.from_numpy(data.stream("val")[:64].astype(np.int64))[None]]
+    assert "head" not in export.calibrate(model, config, windows, Context())
+    monkeypatch.setattr(export, "needs_hessians", lambda method: method == "rtn")
+    assert "head" in export.calibrate(model, config, windows, Context())
+
+
 def windows_of(data: DataFolder, finished: Path, world_size: int, *overrides: str) -> list[list[torch.Tensor]]:
     config, model = short(*overrides), load_model(finished / "model.epigram", "cpu").gpt
     return [

@@ -92,7 +92,8 @@ def _check_methods(
     for part in parts:
         if part.grid and needs_hessians(methods[part.name]):
             if part.tap not in hessians:
-                raise UserError(f'there is no Hessian of {part.tap}: calibrate first, or set quant.method = "rtn"')
+                key = "method" if part.is_matrix else "table_method"
+                raise UserError(f'there is no Hessian of {part.tap}: calibrate first, or set quant.{key} = "rtn"')
             square = hessians[part.tap].shape
             assert square == 2 * part.tensor.shape[1:], f"the Hessian of {part.tap} does not fit {part.name}"
     tables = [methods[part.name] for part in parts if part.grid and not part.is_matrix]

@@ -22,6 +22,7 @@ from epigram.model.generate import Sampling, sample_batch
 from epigram.model.gpt import GPT
 from epigram.progress import Progress
 from epigram.quant.calibrate import CalibrationConfig, CalibrationSource, HessianCollector, refuse_held_out
+from epigram.quant.config import needs_hessians
 from epigram.quant.policy import calibration_taps, plan
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quant.report import QuantReport
@@ -67,7 +68,7 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
 def calibrate(model: GPT, config: Config, batches: Iterable[Tensor], context: Context) -> dict[str, Tensor]:
     """Hessians by tap over all ranks' `batches`; this rank's share of the windows is (B, seq_len) int64 a batch."""
     parts = plan(dict(model.named_parameters()), model.roles(), config.quant.grid)
-    taps = calibration_taps(parts, tables=config.quant.table_method == "gptq")
+    taps = calibration_taps(parts, tables=needs_hessians(config.quant.table_method))
     collector = HessianCollector(context.device, taps)
     with (
         torch.no_grad(),
