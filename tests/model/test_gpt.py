@@ -1,12 +1,15 @@
 """The forward's parts: ablations, cache, tap, transform, causality, the published parameter counts."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from golden_model import CONFIG, golden, golden_model
 
 from epigram.attention import reference
+from epigram.kernels.base import PLAIN
+from epigram.model import gpt
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
@@ -53,6 +56,23 @@ def test_cached_logits_equal_uncached(pieces: list[int], tokens: torch.Tensor) -
     cache = Cache(CONFIG, context_len=96)
     parts = [model.logits(model(part, cache=cache)) for part in tokens.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_converts_the_weights_once(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only without gradients, which would be those of the first piece alone."""
+    model, made = golden_model(), []
+
+    def scaled(*arguments: Any) -> torch.Tensor:
+        made.append(arguments)
+        return PLAIN.scaled(*arguments)
+
+    monkeypatch.setattr(gpt, "PLAIN", dataclasses.replace(PLAIN, scaled=scaled))
+    cache = Cache(CONFIG, context_len=96)
+    with torch.no_grad():
+        parts = [model.logits(model(part, cache=cache)) for part in tokens.split(32, dim=1)]
+        assert len(made) == 4, "banks"
+        torch.testing.assert_close(torch.cat(parts, 1), model.logits(model(tokens)), rtol=1e-4, atol=1e-4)
+    assert model(tokens, cache=Cache(CONFIG, context_len=96)).requires_grad
 
 
 def test_cache_looks_back_no_further_than_its_context(tokens: torch.Tensor) -> None:

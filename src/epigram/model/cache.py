@@ -12,6 +12,9 @@ from torch import Tensor
 from epigram.attention.base import Attend
 from epigram.model.config import ModelConfig
 
+Matrices = tuple[dict[str, tuple[Tensor, ...]], dict[int, Tensor]]
+"""The layers' weights as products take them: each bank's by layer, and the projections of value embeddings."""
+
 
 class LayerCache:
     """Keys and values of one layer, of which at most `keep` positions stay visible.
@@ -64,7 +67,7 @@ class Cache:
     context_len: positions that full-attention layers may look back, their own included; windowed layers keep their
     window. Never look further than training did: the score falls apart beyond. It also fixes the rotary base. limits:
     such a number for each layer instead of context_len, 0 for the latter. attend: the backend of all layers; None for
-    those of the model.
+    those of the model. While a cache is used the model's weights stay as they are.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Cache:
         self.previous_token: Tensor | None = None  # (B,)
         self.previous_embedding: Tensor | None = None  # (B, 1, D)
         self.reach: Tensor | None = None  # (B,) of the last token, where documents are isolated
+        self.matrices: Matrices | None = None  # without gradient
         limits = limits or (0,) * config.num_layers
         assert len(limits) == config.num_layers, "one limit a layer"
         self.windows = [_window(config.layer_window(layer), limit or context_len) for layer, limit in enumerate(limits)]
