@@ -136,8 +136,8 @@ ten minutes, `run --data two=data/two --data two-8192=data/two-8192 ... --second
 had begun. A mean over several seeds stands with its standard deviation. A negative difference is a better score; it
 is tested seed by seed as by `epigram compare`, and one seed shows a difference but proves none. Scores are on the
 validation file, on which settings were also chosen. Data folder `two-N` is `epigram data build train-00.jsonl.zst
-train-01.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_N_bpe.model`, `two` the one of 1,024 pieces, and `three`
-has `train-02.jsonl.zst` too. In the commands, SEED is each of the row's, and
+train-01.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_N_bpe.model`, `two` the one of 1,024 pieces, and
+`three-8192` has `train-02.jsonl.zst` too. In the commands, SEED is each of the row's, and
 
 ```
 SHORT=({short})

@@ -51,7 +51,7 @@ def test_what_a_run_folder_holds(finished: Path, data_path: Path):
     assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
     assert sum(row["bytes"] for row in result["sizes"]) == result["artifact_bytes"]
     assert result["cap_bytes"] == 200_000
-    assert all(result[key] >= 0 for key in ("warmup_s", "train_s", "calibrate_s", "quantize_s", "pack_s"))
+    assert all(result[key] >= 0 for key in ("setup_s", "warmup_s", "train_s", "calibrate_s", "quantize_s", "pack_s"))
     assert result["step_ms"] == pytest.approx(1000 * result["train_s"] / 8, abs=0.2)
     assert result["sample"].startswith("The")
     assert parse_config(tomllib.loads((finished / "config.toml").read_text())).recipe == "smoke"

@@ -62,12 +62,15 @@ def run_job(
         config = run_config(resume, overrides) if resume else load_recipe(recipe, overrides)
         saved = checkpoint.load(resume) if resume else None
         data = prepare_data(data_path or (_data_of(saved) if saved else "stdlib"), config)
-        session = build_session(config, data, context)
+        times: dict[str, float] = {}
+        with timed(times, "setup_s"):
+            session = build_session(config, data, context)
         if saved is not None:  # before the folder is touched: what does not fit must not change it
             resume_session(session, saved)
         with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
             try:
                 _begin(session, record)
+                _log_time(record, times, "setup_s", "set-up of model and kernels")
                 if warn is not None and context.is_main and (warning := warn(config)):
                     record.log(f"warning: {warning}")
                 _train(session, record)
@@ -258,6 +261,12 @@ def _begin(session: Session, record: RunRecord) -> None:
         record.update(transform=data.transform)
 
 
+def _log_time(record: RunRecord, times: dict[str, float], name: str, words: str, end: str = "") -> None:
+    """What was spent before the clock starts."""
+    record.log(f"{words}: {times[name]:.1f} s, not counted{end}")
+    record.update(**{name: round(times[name], 3)})
+
+
 def _forecast(config: Config, forecast: int) -> str:
     """What the artifact will probably take of its cap, in a line; forecast: its bytes without the code."""
     expected, cap = forecast + config.artifact.code_bytes, config.artifact.cap_bytes
@@ -273,8 +282,7 @@ def _train(session: Session, record: RunRecord) -> None:
     times: dict[str, float] = {}
     with timed(times, "warmup_s"):
         warm_up(session)
-    record.log(f"warm-up: {times['warmup_s']:.1f} s, not counted; all state restored")
-    record.update(warmup_s=round(times["warmup_s"], 3))
+    _log_time(record, times, "warmup_s", "warm-up", "; all state restored")
     first = config.score.method("blocks")
     validate = partial(
         score_split,

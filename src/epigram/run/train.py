@@ -31,7 +31,7 @@ UPDATE = "epigram update"
 _PACE_KNOWN = 10
 """Steps after which their time tells how many there will be."""
 
-_FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "warmup_s")
+_FACTS = ("recipe", "seed", "parameters", "data", "transform", "forecast_bytes", "setup_s", "warmup_s")
 """Of the result, for a later export."""
 
 
