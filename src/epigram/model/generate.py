@@ -41,6 +41,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     scaled = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    if not sampling.top_k and sampling.top_p == 1:  # sorting takes longer than all else, and rounded sums reach 1 early
+        return scaled
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     keep = ordered.cumsum(-1) - ordered < sampling.top_p  # the first one always stays
     if sampling.top_k:
