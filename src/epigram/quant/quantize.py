@@ -18,6 +18,7 @@ from epigram.roles import ParameterRole
 
 Stored = dict[str, QuantizedTensor | Tensor]
 _LARGEST_WEIGHT = 65504.0  # of float16: what a control tensor can hold, and a sane bound for every other
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
@@ -40,8 +41,8 @@ def quantize_model(
     parts = plan(named, roles, config.grid)
     methods = {part.name: method_of(part, config) for part in parts}
     _check_methods(parts, methods, hessians, config)
-    _check_finite({part.name: part.tensor for part in parts}, "weights", "the run has diverged")
-    _check_finite(hessians, "Hessian", "calibrate again, on inputs without overflow")
+    _check_finite({part.name: part.tensor for part in parts}, _LARGEST_WEIGHT, "weights", "the run has diverged")
+    _check_finite(hessians, _LARGEST_FLOAT32, "Hessian", "calibrate again, on inputs without overflow")
     stored: Stored = {}
     measures: dict[str, Measure] = {}
     for batch in _batches(parts, methods):
@@ -104,12 +105,11 @@ def _check_methods(
         )
 
 
-def _check_finite(tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
-    """Raise UserError naming the first tensor with a number that is not finite, or too large a weight."""
+def _check_finite(tensors: Mapping[str, Tensor], limit: float, what: str, advice: str) -> None:
+    """Raise UserError naming the first tensor with a number that is not finite, or of a magnitude above `limit`."""
     if not tensors:
         return
     largest = torch.stack([tensor.abs().amax().to(torch.float32) for tensor in tensors.values()]).tolist()
-    limit = _LARGEST_WEIGHT if what == "weights" else torch.finfo(torch.float32).max
     for name, value in zip(tensors, largest, strict=True):
         if not value <= limit:  # catches NaN
             raise UserError(f"the {what} of {name} cannot be quantized: largest magnitude {value:g}; {advice}")
