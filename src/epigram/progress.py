@@ -20,6 +20,7 @@ class Progress:
     def __init__(self, description: str, total: float | None = None, unit: str = "", *, shown: bool = True) -> None:
         self.description, self.total, self.unit, self.shown = description, total, unit, shown
         self.done = 0.0
+        self._told = -1.0  # how much was done when it was last told in a line
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -36,7 +37,7 @@ class Progress:
         self._forget_part()
         if self._bar is not None:
             self._bar.stop()
-        elif self._last_line_s != self._start_s and kind is None:
+        elif self._last_line_s != self._start_s and kind is None and self._told != self.done:
             self._line()
 
     def begin(self, part: str) -> None:
@@ -108,6 +109,7 @@ class Progress:
         self._bar.update(self._task, completed=self.done, description=words, rate=f"{rate:,.1f} {self.unit}/s")
 
     def _line(self) -> None:
+        self._told = self.done
         elapsed_s = time.monotonic() - self._start_s
         rate = self.done / max(elapsed_s, 1e-9)
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
