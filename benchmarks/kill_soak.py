@@ -17,13 +17,13 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "run"))
-
 
 from epigram.run.budget import CLOCK_FILE
 from epigram.run.checkpoint import complete, load
@@ -72,14 +72,11 @@ def step_of(run: Path) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-def wait_for(process: Any, happened: Any, limit_s: float = 60.0) -> bool:
-    """Until `happened()` or the process has ended; whether it did happen."""
-    deadline_s = time.monotonic() + limit_s
-    while process.is_alive() and time.monotonic() < deadline_s:
-        if happened():
-            return True
+def wait_for(process: Any, happened: Callable[[], bool]) -> None:
+    """Until `happened()`, or the process has ended, or a minute is over."""
+    deadline_s = time.monotonic() + 60.0
+    while process.is_alive() and time.monotonic() < deadline_s and not happened():
         time.sleep(0.001)
-    return False
 
 
 def kill_somewhere(process: Any, run: Path, draw: random.Random) -> str:
@@ -108,18 +105,18 @@ def soak(data: Path, folder: Path, kills: int, steps: int, seed: int, overrides:
     assert process.exitcode == 0, "the run that nobody kills did not end well"
     chosen = [*replaying(whole, steps), *overrides]
     counts: dict[str, int] = {}
-    done = 0
-    rounds = 0
+    done = rounds = 0
     while done < kills:
         if step_of(run) >= steps - EVERY_STEPS:  # nearly over: another run to be killed
             finish(data, run, whole, steps, chosen)
             rounds += 1
             run = folder / f"killed-{rounds}"
         before = step_of(run)
-        process = start(data, run, chosen, resume=before > 0) if before or not run.exists() else None
-        if process is None:  # killed before its first checkpoint: there is nothing to resume, it begins again
+        if (
+            not before and run.exists()
+        ):  # killed before its first checkpoint: there is nothing to resume, it begins again
             run = folder / f"{run.name}+"
-            continue
+        process = start(data, run, chosen, resume=before > 0)
         where = kill_somewhere(process, run, draw)
         after = step_of(run)
         assert after >= before, f"the checkpoint of step {before} is lost"

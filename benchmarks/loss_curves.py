@@ -39,17 +39,9 @@ def settings(recipe: str, steps: int) -> list[str]:
 def run(way: str, recipe: str, data: str | None, steps: int, out: Path, work: Path) -> None:
     """Train, and keep the losses."""
     chosen = [*settings(recipe, steps), *WAYS[way]]
-    command = [
-        sys.executable,
-        "-m",
-        "epigram",
-        "train",
-        recipe,
-        "--until",
-        "train",
-        *(["--data", data] if data else []),
-    ]
-    command += ["--out", str(work / way)] + [part for text in chosen for part in ("--set", text)]
+    command = [sys.executable, "-m", "epigram", "train", recipe, "--until", "train", "--out", str(work / way)]
+    command += ["--data", data] if data else []
+    command += [part for text in chosen for part in ("--set", text)]
     start_s = time.perf_counter()
     subprocess.run(command, check=True)
     losses = [row["train_loss"] for row in _rows(work / way / "metrics.jsonl") if row.get("phase") == "train"]

@@ -51,12 +51,12 @@ class Bench:
         self._repeats = repeats
         self.results: dict[str, dict[str, float]] = {}
 
-    def __call__(self, name: str, function: Callable[[], Any], capture: bool = True) -> float:
+    def __call__(self, name: str, function: Callable[[], Any]) -> float:
         """Measure `function` after three calls that compile and allocate; returns what the device needs."""
         for _ in range(3):
             function()
         found = {"eager": self._median(function)}
-        if self._cuda and capture:
+        if self._cuda:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 function()

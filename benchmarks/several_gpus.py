@@ -225,7 +225,7 @@ def measure_collectives(engine: Engine, seconds: float) -> list[dict[str, Any]]:
             rows.append(
                 {"bank": name, "what": what, "bytes": num_bytes, "ms": slowest, "sent_gb_per_s": sent / slowest / 1e6}
             )
-    return rows  # fmt: skip
+    return rows
 
 
 def measure_updates(engine: Engine, seconds: float) -> dict[str, float]:
@@ -244,18 +244,14 @@ def measure_updates(engine: Engine, seconds: float) -> dict[str, float]:
     roles = engine.model.roles()
     banks = [name for name, role in roles.items() if role.kind == "matrix"]
     clip, max_norm = config.gradients.clip, config.gradients.max_norm
-    gradients = LaneGradients(
-        named, clip=clip, max_norm=max_norm, lane_weights=weights, banks=banks, context=context
-    )  # fmt: skip
+    gradients = LaneGradients(named, clip=clip, max_norm=max_norm, lane_weights=weights, banks=banks, context=context)
 
     def shared() -> None:
         give()
         gradients.add(context.rank)
         gathered = gradients.finish()
         engine.average.set_weight()
-        engine.optimizer.step(
-            RATE, MOMENTUM, gathered.scale, arriving=gathered.arriving, done=engine.average.apply
-        )  # fmt: skip
+        engine.optimizer.step(RATE, MOMENTUM, gathered.scale, arriving=gathered.arriving, done=engine.average.apply)
 
     found = {"shared_ms": max(of_all_medians(context, shared, seconds / 3))}
     alone = LaneGradients(named, clip=clip, max_norm=max_norm, lane_weights=[1.0])

@@ -5,7 +5,7 @@ import torch
 
 from epigram import capability, plugin
 from epigram.attention.base import ORACLE, PACKAGE
-from epigram.capability import rows, support, why_no_compile, why_no_triton
+from epigram.capability import float64_device, rows, support, why_no_compile, why_no_triton
 
 # device, precision, compiles, Triton kernels
 SIMULATED = [
@@ -59,6 +59,11 @@ def test_reasons_in_words(triton) -> None:
     assert why_no_compile("cuda", (6, 1)) == "torch.compile supports compute capability 7.0 and later"
     assert "without scaling the loss" in support("cuda", (7, 0)).precision_reason
     assert "without scaling the loss" in support("mps").precision_reason
+
+
+def test_where_float64_is() -> None:
+    assert float64_device(torch.device("mps")) == torch.device("cpu")
+    assert float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_the_table_is_whole() -> None:

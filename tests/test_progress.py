@@ -43,3 +43,13 @@ def test_a_first_part_that_takes_long_is_named_while_it_runs(monkeypatch, capsys
             time.sleep(0.01)
             said = capsys.readouterr().err
     assert said == "warm-up (1 of 1): first\n"
+
+
+def test_the_end_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with Progress("calibrate", 4, "windows") as bar:
+        bar.advance(3)
+        bar.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" windows")[0] for line in lines] == ["calibrate: 3", "calibrate: 4"]

@@ -105,7 +105,6 @@ def _row(plan: Plan, experiment: Experiment, variant: Variant, found: dict[str, 
                 column = f"{score['model']} {score['score']}"
                 row.scores.setdefault(column, {})[cell.seed] = score["val_bpb"]
                 row.counted[column] = score.get("bytes", 0)
-        row.sizes = {**row.sizes}
         for codec, size in _sizes(exported, experiment.kind).items():
             row.sizes.setdefault(codec, {})[cell.seed] = size
         if "steps" in exported:

@@ -191,6 +191,11 @@ def why_no_float8(device_type: str, capability: Capability | None = None) -> str
     return None
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 what lies on `device`: there, but on the CPU for Apple's GPUs, which have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def triton_installed() -> bool:
     """Whether Triton can be imported; it is not imported here."""
     return importlib.util.find_spec("triton") is not None

@@ -13,12 +13,14 @@ _LINE_EVERY_S = 5.0  # between plain lines where output is no terminal
 class Progress:
     """Context manager that reports how far a piece of work is, on standard error.
 
-    `total` is in the same unit as `advance`; without it only the count and the rate are shown.
+    `total` is in the same unit as `advance`; without it only the count and the rate are shown. shown: False in all but
+    one of several processes at the same work.
     """
 
-    def __init__(self, description: str, total: float | None = None, unit: str = "") -> None:
-        self.description, self.total, self.unit = description, total, unit
+    def __init__(self, description: str, total: float | None = None, unit: str = "", *, shown: bool = True) -> None:
+        self.description, self.total, self.unit, self.shown = description, total, unit, shown
         self.done = 0.0
+        self._told = -1.0  # how much was done when it was last told in a line
         self._start_s = self._last_line_s = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -35,11 +37,13 @@ class Progress:
         self._forget_part()
         if self._bar is not None:
             self._bar.stop()
-        elif self._last_line_s != self._start_s and kind is None:
+        elif self._last_line_s != self._start_s and kind is None and self._told != self.done:
             self._line()
 
     def begin(self, part: str) -> None:
         """`part` of the work starts, to be named at once, or when the work turns out to take long."""
+        if not self.shown:
+            return
         self._forget_part()
         self._part = part
         wait_s = _QUIET_S - (time.monotonic() - self._start_s)
@@ -72,7 +76,7 @@ class Progress:
         """`done` of `total` is done."""
         self.done = done
         now_s = time.monotonic()
-        if now_s - self._start_s < _QUIET_S:
+        if not self.shown or now_s - self._start_s < _QUIET_S:
             return
         if sys.stderr.isatty():
             self._show_bar()
@@ -105,6 +109,7 @@ class Progress:
         self._bar.update(self._task, completed=self.done, description=words, rate=f"{rate:,.1f} {self.unit}/s")
 
     def _line(self) -> None:
+        self._told = self.done
         elapsed_s = time.monotonic() - self._start_s
         rate = self.done / max(elapsed_s, 1e-9)
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""

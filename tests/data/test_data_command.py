@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from data_helpers import listing
 
-from epigram.cli.data import command
+from epigram.cli.main import command
 from epigram.errors import UserError
 
 
@@ -23,7 +23,8 @@ def book(tmp_path: Path, texts: list[str]) -> Path:
 
 
 def call(*arguments: object):
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+    """By the whole program: click keeps the help options of a command as they were where it was first called."""
+    return CliRunner().invoke(command, ["data", *map(str, arguments)])
 
 
 def test_build_then_check(tmp_path: Path, book: Path) -> None:

@@ -120,7 +120,7 @@ def test_cached_states_equal_uncached(pieces: list[int], few: int, monkeypatch: 
     """Pieces begin before, at and after a BOS."""
     monkeypatch.setattr(gpt, "_FEW", few)
     model, tokens = isolated().requires_grad_(False), text(3, 96)
-    cache = Cache(model.config, context_len=96, rope_len=96)
+    cache = Cache(model.config, context_len=96)
     found = torch.cat([model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], 1)
     torch.testing.assert_close(found, model(tokens), rtol=ROUNDING, atol=ROUNDING)
 

@@ -31,6 +31,14 @@ def test_truncated_distributions(settings: dict, expected: list[float]) -> None:
     torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
 
 
+def test_no_token_of_a_large_vocabulary_is_left_out() -> None:
+    """The likely ones add up to 1 in float32 before the others had their turn."""
+    logits = 3 * torch.randn(1, 8192, generator=torch.Generator().manual_seed(0))
+    found = probabilities(logits, Sampling(temperature=0.8))
+    assert (found > 0).all()
+    torch.testing.assert_close(found, torch.softmax(logits.double() / 0.8, -1).float())
+
+
 def test_draws_follow_the_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = draw(LOGITS.expand(20_000, -1), Sampling(temperature=1.0), generator).flatten()

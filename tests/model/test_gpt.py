@@ -1,12 +1,15 @@
 """The forward's parts: ablations, cache, tap, transform, causality, the published parameter counts."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from golden_model import CONFIG, golden, golden_model
 
 from epigram.attention import reference
+from epigram.kernels.base import PLAIN
+from epigram.model import gpt
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
@@ -50,9 +53,26 @@ def test_each_technique_is_a_setting_that_matters(name: str, tokens: torch.Tenso
 def test_cached_logits_equal_uncached(pieces: list[int], tokens: torch.Tensor) -> None:
     model = golden_model()
     expected = model.logits(model(tokens))
-    cache = Cache(CONFIG, context_len=96, rope_len=96)
+    cache = Cache(CONFIG, context_len=96)
     parts = [model.logits(model(part, cache=cache)) for part in tokens.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_converts_the_weights_once(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only without gradients, which would be those of the first piece alone."""
+    model, made = golden_model(), []
+
+    def scaled(*arguments: Any) -> torch.Tensor:
+        made.append(arguments)
+        return PLAIN.scaled(*arguments)
+
+    monkeypatch.setattr(gpt, "PLAIN", dataclasses.replace(PLAIN, scaled=scaled))
+    cache = Cache(CONFIG, context_len=96)
+    with torch.no_grad():
+        parts = [model.logits(model(part, cache=cache)) for part in tokens.split(32, dim=1)]
+        assert len(made) == 4, "banks"
+        torch.testing.assert_close(torch.cat(parts, 1), model.logits(model(tokens)), rtol=1e-4, atol=1e-4)
+    assert model(tokens, cache=Cache(CONFIG, context_len=96)).requires_grad
 
 
 def test_cache_looks_back_no_further_than_its_context(tokens: torch.Tensor) -> None:
@@ -62,9 +82,10 @@ def test_cache_looks_back_no_further_than_its_context(tokens: torch.Tensor) -> N
     ours, oracle = GPT(wide), GPT(limited)
     ours.load_state_dict(golden_model().state_dict())
     oracle.load_state_dict(golden_model().state_dict())
-    cache = Cache(wide, context_len=24, rope_len=96)
+    cache = Cache(wide, context_len=24)
     stepped = [ours.logits(ours(tokens[:, i : i + 1], cache=cache)) for i in range(96)]
-    torch.testing.assert_close(torch.cat(stepped, 1), oracle.logits(oracle(tokens)), rtol=1e-4, atol=1e-4)
+    expected = oracle.logits(oracle(tokens, rope_len=24))
+    torch.testing.assert_close(torch.cat(stepped, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_changing_a_token_changes_nothing_before_it(tokens: torch.Tensor) -> None:

@@ -67,6 +67,30 @@ def test_twenty_steps_equal_torch(small, config: OptimConfig) -> None:
         check()
 
 
+def test_where_the_kernel_ignores_the_scale(small, config: OptimConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Apple's GPUs: the same steps, and none with a scale of 0, whatever the gradients are."""
+    kernel = torch._fused_adamw_
+
+    def ignoring(*arguments, grad_scale=None, found_inf=None, **options) -> None:
+        kernel(*arguments, **options)
+
+    other = small.clone()
+    groups = [group for group in assign(small.named, small.roles, config) if group.rule == "adamw"]
+    expected, adamw = AdamW(small.named, groups, config.adamw), AdamW(other.named, groups, config.adamw)
+    adamw._kernel_scales = False
+    for step, scale in enumerate((0.5, 0.0, 0.1)):
+        for model, optimizer, used in ((small, expected, kernel), (other, adamw, ignoring)):
+            monkeypatch.setattr(torch, "_fused_adamw_", used)
+            model.fill_gradients(step)
+            if scale == 0:
+                model.named["embed"].grad.fill_(math.inf)
+            optimizer.step(torch.tensor(0.9), torch.tensor(scale))
+    for name, parameter in small.named.items():
+        torch.testing.assert_close(other.named[name], parameter, rtol=1e-6, atol=1e-8)
+    for name, tensor in expected.state().items():
+        torch.testing.assert_close(adamw.state()[name], tensor, rtol=1e-5, atol=1e-9)
+
+
 def test_early_and_late_layers_move_differently(small, config: OptimConfig) -> None:
     """The first Adam step is lr * sign(g) plus decay: its size is the rate of the layer."""
     groups = assign(small.named, small.roles, config)

@@ -87,20 +87,12 @@ def test_both_halves_of_an_update() -> None:
     assert ema.state_dict()["num_updates"] == 1
 
 
-def test_copy_to_and_swap() -> None:
+def test_copy_to() -> None:
     history = _history(3)
     params = _parameters(history[0])
     ema = Ema(params, 0.5)
     _follow(ema, params, history[1:])
-    weights = {name: p.detach().clone() for name, p in params.items()}
     averages = {name: ema.state_dict()[f"average.{name}"].clone() for name in params}
-    ema.swap()
-    for name, p in params.items():
-        assert torch.equal(p, averages[name])
-    _check(ema, weights)
-    ema.swap()
-    for name, p in params.items():
-        assert torch.equal(p, weights[name])
     ema.copy_to()
     for name, p in params.items():
         assert torch.equal(p, averages[name])
@@ -153,7 +145,6 @@ def test_modes() -> None:
     assert isinstance(none, NoAverage)
     before = {name: p.detach().clone() for name, p in params.items()}
     none.update()
-    none.swap()
     none.copy_to()
     assert all(torch.equal(params[name], before[name]) for name in params)
     assert none.state_dict() == {}

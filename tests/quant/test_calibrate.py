@@ -55,6 +55,22 @@ def test_other_taps_are_ignored_and_gradients_not_kept() -> None:
     assert not hessians["a"].requires_grad
 
 
+def test_rows_are_counted_on_the_host() -> None:
+    """Not every device has float64, and none is to be waited for: here is one without any values."""
+    collector = HessianCollector("meta", {"a": 4, "b": 6})
+    counts: list[list[int]] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            counts.append(tensor.tolist())
+        return tensor
+
+    collector.tap("a", torch.empty(3, 4, device="meta"))
+    collector.tap("b", torch.empty(2, 5, 6, device="meta"))
+    assert {name: h.shape for name, h in collector.finish(note).items()} == {"a": (4, 4), "b": (6, 6)}
+    assert counts == [[3, 10]]
+
+
 def test_ranks_add_up_to_one_collector() -> None:
     inputs = batches(6)
     taps = {"b": 24, "a": 24}

@@ -167,6 +167,8 @@ def test_hessians_that_are_missing_or_broken_are_refused_by_name(toy: Toy) -> No
     with pytest.raises(UserError, match=r"no Hessian of layers\.0\.out: calibrate first"):
         quantize_model(toy.named, toy.roles, toy.hessians, QuantConfig())
     quantize_model(toy.named, toy.roles, {}, QuantConfig(method="rtn"))
+    with pytest.raises(UserError, match=r'no Hessian of head: .* set quant\.table_method = "rtn"'):
+        quantize_model(toy.named, toy.roles, {}, QuantConfig(method="rtn", table_method="gptq"))
 
 
 def test_a_table_method_without_a_tap_is_refused(toy: Toy) -> None:

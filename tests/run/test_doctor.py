@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from epigram import capability, plugin
-from epigram.cli.doctor import command
+from epigram.cli.main import command
 from epigram.run import choices, doctor, machine
 
 
@@ -272,12 +272,12 @@ FINE = doctor.Finding(part="software", name="torch", value="2.13.0")
 @pytest.mark.parametrize(("findings", "code"), [([FINE], 0), ([FINE, PROBLEM], 1)])
 def test_command(monkeypatch, findings, code):
     monkeypatch.setattr(doctor, "examine", lambda folder: findings)
-    shown = CliRunner().invoke(command, [])
+    shown = CliRunner().invoke(command, ["doctor"])
     assert shown.exit_code == code
     for finding in findings:
         assert finding.value in shown.output
         assert finding.advice in shown.output
-    printed = CliRunner().invoke(command, ["--json"])
+    printed = CliRunner().invoke(command, ["doctor", "--json"])
     assert printed.exit_code == code
     document = json.loads(printed.output.splitlines()[-1])
     assert document == {"problems": code, "findings": [finding.as_dict() for finding in findings]}

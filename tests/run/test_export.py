@@ -11,6 +11,7 @@ import pytest
 import torch
 from run_helpers import result_of, short, write_text
 
+from epigram import progress
 from epigram.artifact import tensors as artifact
 from epigram.data.build import build
 from epigram.data.dataset import DataFolder
@@ -48,6 +49,20 @@ def test_other_settings_from_the_same_checkpoint(finished: Path, tmp_path: Path)
 def test_the_same_settings_give_the_same_file(finished: Path, tmp_path: Path):
     export_run(finished, tmp_path / "out")
     assert (tmp_path / "out" / "model.epigram").read_bytes() == (finished / "model.epigram").read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_shows_progress(finished: Path, data: DataFolder, rank: int, monkeypatch, capsys):
+    """One process stands for each of several at the same work."""
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    context = Context(rank=rank)
+    model = load_model(finished, "cpu", shown=context.is_main).gpt
+    export.quantize(model, short(), data, context)
+    said = capsys.readouterr().err
+    assert [f"{work}: " in said for work in ("unpacking", "calibrate", "quantize")] == [rank == 0] * 3
+    assert rank == 0 or said == ""
 
 
 def test_exports_are_numbered(finished: Path, tmp_path: Path):
@@ -127,6 +142,15 @@ def test_calibration_on_text_that_the_model_writes(finished: Path, tmp_path: Pat
     ours, other = result["scores"]["quantized"]["blocks"], result["scores"]["float"]["blocks"]
     assert abs(ours["val_nats"] - other["val_nats"]) < 0.02
     assert artifact.inspect(finished / "model.epigram").contents["provenance"]["kind"] == "train"
+
+
+def test_any_table_method_gets_the_hessians_that_it_needs(finished: Path, data: DataFolder, monkeypatch):
+    """A quantizer that somebody adds, not only gptq."""
+    model, config = load_model(finished, "cpu").gpt, short("quant.table_method=rtn")
+    windows = [torch.from_numpy(data.stream("val")[:64].astype(np.int64))[None]]
+    assert "head" not in export.calibrate(model, config, windows, Context())
+    monkeypatch.setattr(export, "needs_hessians", lambda method: method == "rtn")
+    assert "head" in export.calibrate(model, config, windows, Context())
 
 
 def windows_of(data: DataFolder, finished: Path, world_size: int, *overrides: str) -> list[list[torch.Tensor]]:

@@ -1,5 +1,6 @@
 """The warm-up runs all that the run will use, and leaves nothing behind."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from run_helpers import assert_same_training, make_session, train_run
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from epigram import progress
 from epigram.data.dataset import DataFolder
 from epigram.run import budget, warmup
 from epigram.run.setup import Session, state_of
@@ -40,6 +42,15 @@ def test_everything_is_as_before(session: Session):
     assert all(after[name].equal(tensors[name]) for name in tensors)
     assert session.loader.state_dict() == loader
     assert torch.random.get_rng_state().equal(random)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_shows_progress(session: Session, rank: int, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    monkeypatch.setattr(session, "context", replace(session.context, rank=rank))
+    warm_up(session)
+    assert ("warm-up (1 of " in capsys.readouterr().err) == (rank == 0)
 
 
 def test_random_numbers_that_it_draws_are_drawn_again(session: Session, monkeypatch):

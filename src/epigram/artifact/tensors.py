@@ -65,7 +65,7 @@ def save(path: Path | str, contents: Contents, codec: str = "entropy") -> SizeRe
     packer = _Packer(codec)
     for kind, part in byte_sections(entries):
         packer.add_bytes(kind, item_bytes(kind), _join(contents.tensors, part))
-    with _progress("packing", entries) as progress:
+    with _progress("packing", entries, True) as progress:
         for name, group in classes(entries).items():
             packer.add_codes(name, [_matrix(entry, contents.tensors) for entry in group])
             progress.advance(sum(entry.size for entry in group))
@@ -75,10 +75,13 @@ def save(path: Path | str, contents: Contents, codec: str = "entropy") -> SizeRe
     return packer.report(total, entries)
 
 
-def load(path: Path | str) -> Contents:
-    """Read a model file. Raises ArtifactError, which says what is wrong, if `save` did not write it."""
+def load(path: Path | str, *, shown: bool = True) -> Contents:
+    """Read a model file. Raises ArtifactError, which says what is wrong, if `save` did not write it.
+
+    shown: the progress; see `epigram.progress`.
+    """
     with _named(path), Reader(Path(path)) as reader:
-        return _load(reader)
+        return _load(reader, shown)
 
 
 def inspect(path: Path | str) -> Inspection:
@@ -98,9 +101,9 @@ def _named(path: Path | str) -> Iterator[None]:
         raise ArtifactError(f"{path}: {error}") from error
 
 
-def _progress(description: str, entries: Sequence[Entry]) -> Progress:
+def _progress(description: str, entries: Sequence[Entry], shown: bool) -> Progress:
     total = sum(entry.size for entry in entries if entry.format == "int")
-    return Progress(description, total=total, unit="weights")
+    return Progress(description, total, "weights", shown=shown)
 
 
 def _describe(name: str, tensor: QuantizedTensor | Tensor) -> Entry:
@@ -201,7 +204,7 @@ class _Packer:
         return TensorSize(entry=entry, stored_bytes=bits / 8 + scales, order0_bits=order0)
 
 
-def _load(reader: Reader) -> Contents:
+def _load(reader: Reader, shown: bool) -> Contents:
     entries = read_table(reader.header)
     contents = reader.header.contents
     unpacker = _Unpacker(reader, plugin.load(CODECS, contents["codec"]))
@@ -209,7 +212,7 @@ def _load(reader: Reader) -> Contents:
     for kind, part in byte_sections(entries):
         floats |= _split(unpacker.read_bytes(item_bytes(kind)), kind, part)
     codes: dict[str, Tensor] = {}
-    with _progress("unpacking", entries) as progress:
+    with _progress("unpacking", entries, shown) as progress:
         for group in classes(entries).values():
             codes |= unpacker.read_codes([_layout(entry, floats[entry.name]) for entry in group])
             progress.advance(sum(entry.size for entry in group))

@@ -53,9 +53,7 @@ class _Compressor:
     decompress: Callable[[bytes], bytes]
 
 
-def compare_compressors(
-    text: bytes, primer: bytes = b"", *, whole_text_bytes: int | None = None, progress: bool = True
-) -> list[Baseline]:
+def compare_compressors(text: bytes, primer: bytes = b"", *, whole_text_bytes: int | None = None) -> list[Baseline]:
     """What xz -9e, zstd -19 and brotli 11 need for `text`, alone and after `primer`.
 
     text: UTF-8 of the validation text; of a longer one the first `MAX_TEXT_BYTES` are used. primer: UTF-8 of
@@ -69,7 +67,7 @@ def compare_compressors(
     text, primer = text[:MAX_TEXT_BYTES], primer[-MAX_PRIMER_BYTES:]
     jobs = [text, primer, primer + text] if primer else [text]
     found = []
-    for name, sizes in _sizes(jobs, progress):
+    for name, sizes in _sizes(jobs):
         found.append(_baseline(f"{name}, alone", name, sizes[0], len(text), whole_text_bytes, 0))
         if primer:
             added = sizes[2] - sizes[1]
@@ -77,7 +75,7 @@ def compare_compressors(
     return found
 
 
-def _sizes(jobs: Sequence[bytes], progress: bool) -> Iterator[tuple[str, list[int]]]:
+def _sizes(jobs: Sequence[bytes]) -> Iterator[tuple[str, list[int]]]:
     """Name of each compressor and the sizes it gives the jobs."""
     compressors = list(_compressors())
     workers = min(4, os.cpu_count() or 1)  # xz takes up to 700 MB each
@@ -91,8 +89,7 @@ def _sizes(jobs: Sequence[bytes], progress: bool) -> Iterator[tuple[str, list[in
             sizes = []
             for future in futures:
                 sizes.append(future.result())
-                if progress:
-                    bar.advance()
+                bar.advance()
             yield name, sizes
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epigram.attention.base import TOO_MANY_DOCUMENTS
 from epigram.byte_tables import ByteTables
+from epigram.capability import float64_device
 from epigram.errors import UserError
 from epigram.evaluation.adapt import Adapter, chunks
 from epigram.evaluation.bpb import Score, check_bytes, count_bytes
@@ -65,8 +66,8 @@ def score(
     shares = [rank_share(group, rank, world_size) for group in groups]
     found = _released(nll, tokens, groups, method, device, batch_tokens, adapter, rank, world_size, pace)
     total = sum(share.num_scored for share in shares)
-    with torch.no_grad(), Progress(f"score {method.name}", total, "tokens") as bar:
-        nats, counted = sum_losses(found, device, bar.advance if progress else None)
+    with torch.no_grad(), Progress(f"score {method.name}", total, "tokens", shown=progress) as bar:
+        nats, counted = sum_losses(found, device, bar.advance)
     own_bytes = sum(count_bytes(tokens, tables, *share.scored, byte_counts) for share in shares)
     num_bytes = torch.tensor(own_bytes, device=nats.device)
     sums = torch.stack([nats, counted.double(), num_bytes.double()])
@@ -148,7 +149,7 @@ def sum_losses(
     found: Iterable[Part], device: torch.device, advance: Callable[[float], None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The losses that count, added up, and their number: float64 () and int64 (), still on the device."""
-    home = torch.device("cpu") if device.type == "mps" else device  # Apple's devices have no float64
+    home = float64_device(device)
     nats = torch.zeros((), dtype=torch.float64, device=home)
     counted = torch.zeros((), dtype=torch.int64, device=home)
     for part in found:

@@ -12,6 +12,9 @@ from torch import Tensor
 from epigram.attention.base import Attend
 from epigram.model.config import ModelConfig
 
+Matrices = tuple[dict[str, tuple[Tensor, ...]], dict[int, Tensor]]
+"""The layers' weights as products take them: each bank's by layer, and the projections of value embeddings."""
+
 
 class LayerCache:
     """Keys and values of one layer, of which at most `keep` positions stay visible.
@@ -62,26 +65,26 @@ class Cache:
     """The state of a batch of sequences that are read piece by piece.
 
     context_len: positions that full-attention layers may look back, their own included; windowed layers keep their
-    window. Never look further than training did: the score falls apart beyond. `rope_len` fixes the rotary base.
-    limits: such a number for each layer instead of context_len, 0 for the latter. attend: the backend of all layers;
-    None for those of the model.
+    window. Never look further than training did: the score falls apart beyond. It also fixes the rotary base. limits:
+    such a number for each layer instead of context_len, 0 for the latter. attend: the backend of all layers; None for
+    those of the model. While a cache is used the model's weights stay as they are.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         context_len: int,
-        rope_len: int | None = None,
         *,
         limits: Sequence[int] = (),
         attend: Attend | None = None,
     ) -> None:
-        self.rope_len = rope_len or context_len
+        self.context_len = context_len
         self.attend = attend
         self.position = 0  # of the next token
         self.previous_token: Tensor | None = None  # (B,)
         self.previous_embedding: Tensor | None = None  # (B, 1, D)
         self.reach: Tensor | None = None  # (B,) of the last token, where documents are isolated
+        self.matrices: Matrices | None = None  # without gradient
         limits = limits or (0,) * config.num_layers
         assert len(limits) == config.num_layers, "one limit a layer"
         self.windows = [_window(config.layer_window(layer), limit or context_len) for layer, limit in enumerate(limits)]

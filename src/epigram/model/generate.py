@@ -41,6 +41,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     scaled = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    if not sampling.top_k and sampling.top_p == 1:  # sorting takes longer than all else, and rounded sums reach 1 early
+        return scaled
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     keep = ordered.cumsum(-1) - ordered < sampling.top_p  # the first one always stays
     if sampling.top_k:
@@ -63,7 +65,6 @@ def stream(
     sampling: Sampling,
     *,
     context_len: int,
-    rope_len: int | None = None,
     banned: Sequence[int] = (),
 ) -> Iterator[int]:
     """Up to `num_tokens` tokens that continue `prompt` (at least one token), one at a time.
@@ -71,7 +72,7 @@ def stream(
     context_len: how far back full-attention layers look; see `Cache`. banned: tokens that are never chosen.
     """
     assert len(prompt) > 0
-    cache = Cache(model.config, context_len, rope_len)
+    cache = Cache(model.config, context_len)
     generator = torch.Generator().manual_seed(sampling.seed)
     tokens = torch.tensor([list(prompt)], device=model.embed.device)
     for _ in range(num_tokens):

@@ -19,7 +19,7 @@ from epigram.kernels.head import tied_logits
 from epigram.kernels.heads import HeadCounts
 from epigram.kernels.lora import Lora
 from epigram.kernels.trunk import Layer, Shape
-from epigram.model.cache import Cache
+from epigram.model.cache import Cache, Matrices
 from epigram.model.config import ModelConfig
 from epigram.model.documents import reach as reach_of
 from epigram.model.embeddings import BigramEmbedding, Skips, SmearGate, ValueEmbedding
@@ -150,7 +150,7 @@ class GPT(nn.Module):
         """Tokens (B, T) to normalised final states (B, T, D) in the compute precision.
 
         rope_len: the window length whose rotary base is used; T when not given. With a cache the tokens continue what
-        the cache holds, and its rope_len counts. last: only the states of the last positions, (B, last, D); what the
+        the cache holds, and its context_len counts. last: only the states of the last positions, (B, last, D); what the
         last layer need not compute for the others, it does not. kernels: instead of the model's own. lora: what each
         row's own adapters add in the layers.
         """
@@ -220,7 +220,7 @@ class GPT(nn.Module):
     def _shape(self, tokens: Tensor, rope_len: int | None, cache: Cache | None) -> Shape:
         c, length = self.config, tokens.shape[1]
         start = cache.position if cache is not None else 0
-        rope_len = cache.rope_len if cache is not None else (rope_len or length)
+        rope_len = cache.context_len if cache is not None else rope_len or length
         rotary = rotary_tables(c, start, length, rope_len, tokens.device, self.compute_dtype)
         return Shape(HeadCounts(c.num_heads, c.num_kv_heads, c.head_dim), rotary, c.mlp_slope)
 
@@ -254,20 +254,9 @@ class GPT(nn.Module):
         lora: Lora | None,
         reach: Tensor | None,
     ) -> list[Layer]:
-        """What each layer is made of: a bank is converted to the compute precision once, then split.
-
-        The scales of a layer's input and outputs go into the rows of its matrices. reach: of isolated documents.
-        """
+        """What each layer is made of. reach: of isolated documents."""
         c = self.config
-        depth = self._depth_scale() if c.depth_scale else None
-        scales = {"qkv": depth, "out": self.attn_scale, "up": depth, "down": self.mlp_scale}
-        banks = {}
-        for name, bank in self.banks.named_parameters():
-            used = transform(name, bank) if transform else bank
-            scale = scales[name]
-            rows = None if scale is None else scale.expand(bank.shape[:2])
-            banks[name] = kernels.scaled(used, rows, self.compute_dtype).unbind(0)
-        values = self.value_embed.projections(self.compute_dtype) if c.value_embed_layers else {}
+        banks, values = self._matrices(kernels, cache, transform)
         gains = self.q_gain.unbind(0)
         carries = self.resid_lambda.unbind(0) if c.residual_lambdas else None
         full, windowed = self._backends(cache, reach)
@@ -296,6 +285,28 @@ class GPT(nn.Module):
             )
         return layers
 
+    def _matrices(self, kernels: Kernels, cache: Cache | None, transform: BankTransform | None) -> Matrices:
+        """The layers' weights: a bank is converted to the compute precision once, then split.
+
+        The scales of a layer's input and outputs go into the rows of its matrices. A cache keeps them: for a few tokens
+        it takes longer to make than to use them.
+        """
+        keeper = None if transform is not None or torch.is_grad_enabled() else cache
+        if keeper is not None and keeper.matrices is not None:
+            return keeper.matrices
+        depth = self._depth_scale() if self.config.depth_scale else None
+        scales = {"qkv": depth, "out": self.attn_scale, "up": depth, "down": self.mlp_scale}
+        banks = {}
+        for name, bank in self.banks.named_parameters():
+            used = transform(name, bank) if transform else bank
+            scale = scales[name]
+            rows = None if scale is None else scale.expand(bank.shape[:2])
+            banks[name] = kernels.scaled(used, rows, self.compute_dtype).unbind(0)
+        values = self.value_embed.projections(self.compute_dtype) if self.config.value_embed_layers else {}
+        if keeper is not None:
+            keeper.matrices = banks, values
+        return banks, values
+
     def _depth_scale(self) -> Tensor:
         """(layers, 1): what each layer's normalised inputs are multiplied with."""
         return torch.arange(1, self.config.num_layers + 1, device=self.embed.device).float().rsqrt()[:, None]
@@ -315,10 +326,10 @@ class GPT(nn.Module):
             stream, skipped = self.skip.coefficients()
             taking = owns[half : half + self.config.num_skips]
             for index, (own, skip) in enumerate(zip(taking * stream, taking * skipped, strict=True)):
-                if half == 0 or index > 0:
-                    mixes[half + index] = (own, firsts[half + index], (half - 1 - index, skip))
-                else:
+                if index == 0:
                     mixes[half] = (own + skip, firsts[half], None)
+                else:
+                    mixes[half + index] = (own, firsts[half + index], (half - 1 - index, skip))
         return mixes
 
     def _backends(self, cache: Cache | None, reach: Tensor | None) -> tuple[Attend, Attend]:

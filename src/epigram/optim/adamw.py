@@ -55,9 +55,7 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("lr_token", "lr_scalar_early", "lr_scalar_late"):
-            problems += outside(f"adamw.{name}", getattr(self, name), 0)
-        for name in ("weight_decay_token", "weight_decay_scalar"):
+        for name in ("lr_token", "lr_scalar_early", "lr_scalar_late", "weight_decay_token", "weight_decay_scalar"):
             problems += outside(f"adamw.{name}", getattr(self, name), 0)
         for name in ("beta1", "beta2"):
             problems += outside(f"adamw.{name}", getattr(self, name), 0, 0.999999)
@@ -83,6 +81,8 @@ class AdamW:
         # The kernel wants a count of steps for every tensor, on its device.
         self._steps = torch.zeros(len(parts), dtype=torch.float32, device=device)
         self._lrs = torch.tensor([group.lr for group in groups], dtype=torch.float32, device=device)
+        # Apple's ignored both scale and omission without a word (torch pull request 186360).
+        self._kernel_scales = device.type != "mps"
 
     def state(self) -> dict[str, Tensor]:
         """The live moments of each parameter and the step counts, (parts,)."""
@@ -96,34 +96,41 @@ class AdamW:
 
         Both arguments: 0-dim float32 tensor on the parameters' device.
         """
-        if not self._groups:
+        gradients = self._gradients()
+        if not gradients:
             return
-        left_out = (scale == 0).float()
-        self._steps += 1 - left_out
+        if self._kernel_scales:
+            # It divides, as is usual in training with a scaled loss.
+            scaling = {"grad_scale": scale.reciprocal(), "found_inf": (scale == 0).float()}
+            self._steps += 1 - scaling["found_inf"]
+        elif scale == 0:  # which waits for the device
+            return
+        else:
+            scaling = {}
+            torch._foreach_mul_(list(gradients.values()), scale)
+            self._steps += 1
         lrs = (self._lrs * lr_multiplier).unbind()
-        divisor = scale.reciprocal()  # the kernel divides, as is usual in training with a scaled loss
         counts = self._steps.split([len(group.parts) for group in self._groups])
         for group, lr, steps in zip(self._groups, lrs, counts, strict=True):
-            self._step_group(group, lr, divisor, left_out, steps)
+            torch._fused_adamw_(
+                [part.of(self._parameters[part.name].detach()) for part in group.parts],
+                [part.of(gradients[part.name]) for part in group.parts],
+                [part.of(self._exp_avg[part.name]) for part in group.parts],
+                [part.of(self._exp_avg_sq[part.name]) for part in group.parts],
+                [],
+                list(steps.unbind()),
+                lr=lr,
+                beta1=self._config.beta1,
+                beta2=self._config.beta2,
+                weight_decay=group.weight_decay,
+                eps=self._config.eps,
+                amsgrad=False,
+                maximize=False,
+                **scaling,
+            )
 
-    def _step_group(self, group: Group, lr: Tensor, divisor: Tensor, left_out: Tensor, steps: Tensor) -> None:
-        gradients = {part.name: self._parameters[part.name].grad for part in group.parts}
+    def _gradients(self) -> dict[str, Tensor]:
+        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         assert not missing, f"no gradient for {', '.join(missing)}"
-        torch._fused_adamw_(
-            [part.of(self._parameters[part.name].detach()) for part in group.parts],
-            [part.of(gradient) for part in group.parts if (gradient := gradients[part.name]) is not None],
-            [part.of(self._exp_avg[part.name]) for part in group.parts],
-            [part.of(self._exp_avg_sq[part.name]) for part in group.parts],
-            [],
-            list(steps.unbind()),
-            lr=lr,
-            beta1=self._config.beta1,
-            beta2=self._config.beta2,
-            weight_decay=group.weight_decay,
-            eps=self._config.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-            found_inf=left_out,
-        )
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}

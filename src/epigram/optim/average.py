@@ -41,7 +41,6 @@ class Average(Protocol):
     def set_weight(self, applied: Tensor | None = None) -> None: ...
     def apply(self, names: Sequence[str] | None = None) -> None: ...
     def copy_to(self) -> None: ...
-    def swap(self) -> None: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
@@ -59,7 +58,7 @@ class Ema:
         assert 0 <= decay <= 1
         assert params
         self._params = dict(params)
-        self._averages = {name: _float32_copy(tensor) for name, tensor in params.items()}
+        self._averages = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in params.items()}
         self._num_updates = torch.zeros((), dtype=torch.int64)  # on the host: nothing on the device needs it
         self._decay = decay
         self._start_step = start_step
@@ -107,17 +106,8 @@ class Ema:
     @torch.no_grad()
     def copy_to(self) -> None:
         """Overwrite the weights with the average, rounded to each weight's dtype."""
-        torch._foreach_copy_(self._weights(), list(self._averages.values()))
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange weights and average, to look at the average in mid-training; call again to undo.
-
-        Exact for float32 weights.
-        """
-        weights = [_float32_copy(tensor) for tensor in self._params.values()]
-        self.copy_to()
-        torch._foreach_copy_(list(self._averages.values()), weights)
+        weights = [tensor.detach() for tensor in self._params.values()]
+        torch._foreach_copy_(weights, list(self._averages.values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as a flat dict of live tensors: clone what has to outlast the next step."""
@@ -126,9 +116,6 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a saved state in; UserError, and nothing changed, when names, shapes or dtypes differ."""
         restore(self.state_dict(), state, "this average of the weights")
-
-    def _weights(self) -> list[Tensor]:
-        return [tensor.detach() for tensor in self._params.values()]
 
 
 class NoAverage:
@@ -145,9 +132,6 @@ class NoAverage:
 
     def copy_to(self) -> None:
         """The weights already are what they should be."""
-
-    def swap(self) -> None:
-        """Nothing to exchange."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty."""
@@ -166,7 +150,3 @@ def average_of(params: Mapping[str, Tensor], config: AverageConfig) -> Average:
     if config.mode == "none":
         return NoAverage()
     return Ema(params, config.decay, start_step=config.start_step, decay_warmup=config.decay_warmup)
-
-
-def _float32_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32, copy=True)

@@ -140,18 +140,17 @@ class HessianCollector:
     def finish(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """Mean of xᵀx over all rows by tap, (cols, cols) float32.
 
-        reduce: returns a tensor's sum over ranks (and may work in place); called for every tap in the order
-        of their names, so all ranks must have asked for the same. Leaves the collector as it is. #1212
-        divides by the number of batches instead; damping is relative to the diagonal, so the scale changes
-        nothing.
+        reduce: returns a tensor's sum over ranks (and may work in place); called for the numbers of rows, on the CPU,
+        and then for every tap in the order of their names, so all ranks must have asked for the same. Leaves the
+        collector as it is. #1212 divides by the number of batches instead; damping is relative to the diagonal, so the
+        scale changes nothing.
         """
-        hessians = {}
-        for name in sorted(self._sums):
-            total = self._sums[name].clone()
-            rows = torch.tensor(float(self._rows[name]), dtype=torch.float64, device=total.device)
-            if reduce is not None:
-                total, rows = reduce(total), reduce(rows)
-            num_rows = float(rows)
-            assert num_rows > 0, f"calibration never saw an input at tap {name}"
-            hessians[name] = total / num_rows
-        return hessians
+        names, reduce = sorted(self._sums), reduce or _itself
+        counts = reduce(torch.tensor([self._rows[name] for name in names])).tolist()
+        unseen = [name for name, count in zip(names, counts, strict=True) if not count]
+        assert not unseen, f"calibration never saw an input at tap {', '.join(unseen)}"
+        return {n: reduce(self._sums[n].clone()) / count for n, count in zip(names, counts, strict=True)}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

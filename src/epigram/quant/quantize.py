@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from epigram import plugin
+from epigram.capability import float64_device
 from epigram.errors import ArtifactError, UserError
 from epigram.quant.config import METHODS, QuantConfig, needs_hessians
 from epigram.quant.grid import GridConfig
@@ -17,6 +18,7 @@ from epigram.roles import ParameterRole
 
 Stored = dict[str, QuantizedTensor | Tensor]
 _LARGEST_WEIGHT = 65504.0  # of float16: what a control tensor can hold, and a sane bound for every other
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def quantize_model(
 ) -> tuple[Stored, QuantReport]:
     """Quantize all parameters; returns the stored tensors by name, on the CPU, and what that cost.
 
-    named: parameters (floats of any dtype, on any one device, which does the work); roles: same keys.
+    named: parameters (floats of any dtype, on any one device, which does the work if it has float64); roles: same keys.
     hessians: by tap, undamped (`HessianCollector.finish`); also used for the report when the method needs
     none. advance: called with the number of weights done after each batch.
 
@@ -39,8 +41,8 @@ def quantize_model(
     parts = plan(named, roles, config.grid)
     methods = {part.name: method_of(part, config) for part in parts}
     _check_methods(parts, methods, hessians, config)
-    _check_finite({part.name: part.tensor for part in parts}, "weights", "the run has diverged")
-    _check_finite(hessians, "Hessian", "calibrate again, on inputs without overflow")
+    _check_finite({part.name: part.tensor for part in parts}, _LARGEST_WEIGHT, "weights", "the run has diverged")
+    _check_finite(hessians, _LARGEST_FLOAT32, "Hessian", "calibrate again, on inputs without overflow")
     stored: Stored = {}
     measures: dict[str, Measure] = {}
     for batch in _batches(parts, methods):
@@ -91,7 +93,8 @@ def _check_methods(
     for part in parts:
         if part.grid and needs_hessians(methods[part.name]):
             if part.tap not in hessians:
-                raise UserError(f'there is no Hessian of {part.tap}: calibrate first, or set quant.method = "rtn"')
+                key = "method" if part.is_matrix else "table_method"
+                raise UserError(f'there is no Hessian of {part.tap}: calibrate first, or set quant.{key} = "rtn"')
             square = hessians[part.tap].shape
             assert square == 2 * part.tensor.shape[1:], f"the Hessian of {part.tap} does not fit {part.name}"
     tables = [methods[part.name] for part in parts if part.grid and not part.is_matrix]
@@ -102,12 +105,11 @@ def _check_methods(
         )
 
 
-def _check_finite(tensors: Mapping[str, Tensor], what: str, advice: str) -> None:
-    """Raise UserError naming the first tensor with a number that is not finite, or too large a weight."""
+def _check_finite(tensors: Mapping[str, Tensor], limit: float, what: str, advice: str) -> None:
+    """Raise UserError naming the first tensor with a number that is not finite, or of a magnitude above `limit`."""
     if not tensors:
         return
     largest = torch.stack([tensor.abs().amax().to(torch.float32) for tensor in tensors.values()]).tolist()
-    limit = _LARGEST_WEIGHT if what == "weights" else torch.finfo(torch.float32).max
     for name, value in zip(tensors, largest, strict=True):
         if not value <= limit:  # catches NaN
             raise UserError(f"the {what} of {name} cannot be quantized: largest magnitude {value:g}; {advice}")
@@ -128,7 +130,7 @@ def _quantize_batch(
     """Quantize parts of equal grid and shape by one call."""
     grid = batch[0].grid
     assert grid is not None
-    weights = torch.stack([part.tensor for part in batch]).to(torch.float32)
+    weights = torch.stack([part.tensor for part in batch]).to(float64_device(batch[0].tensor.device), torch.float32)
     measured = all(part.tap in hessians for part in batch)
     stack = torch.stack([hessians[part.tap] for part in batch]).to(weights) if measured else None
     own_config = getattr(config, method, None)  # the settings of a method are under its own name
@@ -153,7 +155,7 @@ def _to_float16(batch: Sequence[Part]) -> tuple[Stored, dict[str, Measure]]:
     stored: Stored = {}
     measures = {}
     for part in batch:
-        weight = part.tensor.detach().to("cpu", torch.float64)
+        weight = part.tensor.detach().cpu().to(torch.float64)
         stored[part.name] = half = weight.to(torch.float16)
         energy, error = float(weight.square().sum()), float((weight - half.to(torch.float64)).square().sum())
         measures[part.name] = Measure(

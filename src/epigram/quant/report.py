@@ -15,9 +15,9 @@ from epigram.quantized import QuantizedTensor
 class Measure(NamedTuple):
     """What one stored tensor cost.
 
-    floor_share: of the rows, of those whose step is that of the grid's floor. bits: order-0 entropy of all its
-    codes together. energy: sum of squares of the weights; error: of what
-    rounding changed. weighted_*: tr(W H Wᵀ) and tr(E H Eᵀ), None without a Hessian.
+    floor_share: of the rows whose step is that of the grid's floor. bits: order-0 entropy of all its codes together.
+    energy: sum of squares of the weights; error: of what rounding changed. weighted_*: tr(W H Wᵀ) and tr(E H Eᵀ), None
+    without a Hessian.
     """
 
     tensor_class: str
@@ -39,8 +39,8 @@ class ClassRow:
     entropy_bits: mean order-0 entropy in bits a weight (16 for float16), each tensor with its own statistics.
     relative_error: |E|² / |W|². hessian_error: tr(E H Eᵀ) / tr(W H Wᵀ), the share of the products' output
     energy that rounding changes; None where no Hessian was measured. damping: the largest that a matrix
-    needed. floor_share: of the rows, of those whose clip would be below quant.grid.floor: their step does not
-    depend on their weights.
+    needed. floor_share: of the rows whose clip would be below quant.grid.floor: their step does not depend on their
+    weights.
     """
 
     tensor_class: str

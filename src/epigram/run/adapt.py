@@ -102,10 +102,11 @@ class Adaptation:
         batches = self._batches(tokens, method, batch_tokens)[c.rank :: c.world_size]
         total, late = sum(int((batch[:, 1] - batch[:, 0]).sum()) for batch in batches), None
         sums = torch.zeros(4, dtype=torch.float64)
-        with restored(self.model, trains=False), Progress(f"score {self.name}", total, "tokens") as bar:
+        shown = Progress(f"score {self.name}", total, "tokens", shown=progress)
+        with restored(self.model, trains=False), shown as bar:
             try:
                 found = self._documents(tokens, batches, method, pace)
-                nats, counted = sum_losses(found, c.device, bar.advance if progress else None)
+                nats, counted = sum_losses(found, c.device, bar.advance)
                 sums[:2] = torch.stack([nats, counted.double()]).cpu()
             except OverTimeError as error:  # the others are told with the sums
                 sums[3], late = 1, error

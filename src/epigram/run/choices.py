@@ -3,13 +3,10 @@
 Precision, kernels, compiler, CUDA graphs and attention, as the device and the libraries that are there allow.
 """
 
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from epigram.kernels.base import choose as choose_kernels
 from epigram.kernels.products.base import Dims
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
+from epigram.run import machine
 from epigram.run.speed import Work, agreed_ms
 
 _CPU_TOKENS = 8192  # what memory holds beside all that a backward needs: 49,152 tokens of h100 at once take over 22 GB
@@ -82,8 +80,7 @@ def should_compile(setting: str, context: Context) -> bool:
 
 def compiler_available() -> bool:
     """A C++ compiler, and the headers of Python that the compiled graphs include."""
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return any(map(shutil.which, ("g++", "clang++", "cl"))) and headers.is_file()
+    return machine.cpp_compiler() is not None and machine.python_header() is not None
 
 
 def compile_shapes(function: Any) -> Any:

@@ -10,7 +10,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -135,12 +134,11 @@ def _gpu_advice() -> str:
 
 
 def _compiler() -> Iterator[Finding]:
-    found = next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
+    found, header = machine.cpp_compiler(), machine.python_header()
     advice = "" if found else "runs go without torch.compile, slower: install g++ (apt install g++)"
     yield _finding("compiler", "C++ compiler", found or "none", advice)
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    advice = "" if header.exists() else "compiled GPU kernels need Python.h: install python3-dev"
-    yield _finding("compiler", "Python headers", str(header) if header.exists() else "none", advice)
+    advice = "" if header else "compiled GPU kernels need Python.h: install python3-dev"
+    yield _finding("compiler", "Python headers", str(header or "none"), advice)
 
 
 def _storage(folder: Path) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from epigram.model.generate import Sampling, sample_batch
 from epigram.model.gpt import GPT
 from epigram.progress import Progress
 from epigram.quant.calibrate import CalibrationConfig, CalibrationSource, HessianCollector, refuse_held_out
+from epigram.quant.config import needs_hessians
 from epigram.quant.policy import calibration_taps, plan
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quant.report import QuantReport
@@ -57,7 +58,8 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
         source = config.quant.calibration.provenance()
     context.synchronize()
     calibrated_s = time.perf_counter()
-    with Progress("quantize", sum(p.numel() for p in named.values()), "weights") as bar:
+    num_weights = sum(p.numel() for p in named.values())
+    with Progress("quantize", num_weights, "weights", shown=context.is_main) as bar:
         stored, report = quantize_model(named, roles, hessians, config.quant, bar.advance)
     context.synchronize()
     return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s, hessians)
@@ -66,12 +68,12 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
 def calibrate(model: GPT, config: Config, batches: Iterable[Tensor], context: Context) -> dict[str, Tensor]:
     """Hessians by tap over all ranks' `batches`; this rank's share of the windows is (B, seq_len) int64 a batch."""
     parts = plan(dict(model.named_parameters()), model.roles(), config.quant.grid)
-    taps = calibration_taps(parts, tables=config.quant.table_method == "gptq")
+    taps = calibration_taps(parts, tables=needs_hessians(config.quant.table_method))
     collector = HessianCollector(context.device, taps)
     with (
         torch.no_grad(),
         attention_for_eager(model, context),
-        Progress("calibrate", config.quant.calibration.num_windows, "windows") as bar,
+        Progress("calibrate", config.quant.calibration.num_windows, "windows", shown=context.is_main) as bar,
     ):
         for windows in batches:
             model(windows.to(context.device), tap=collector.tap)

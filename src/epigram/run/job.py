@@ -170,7 +170,7 @@ def finish_run(
     with collectives.together(context):
         if context.is_main:
             _pack(path, config, model, quantized, data, record)
-    packed = load_model(path, str(context.device), tokenizer=data.tokenizer)
+    packed = load_model(path, str(context.device), tokenizer=data.tokenizer, shown=context.is_main)
     # What is scored are the weights of the file; the graph that scored the float model serves again.
     model.load_state_dict(packed.gpt.state_dict())
     for name in config.score.methods:
@@ -340,19 +340,17 @@ def _record(folder: Path, config: Config, context: Context, resume: bool = False
 def _new_folder(recipe: str, context: Context) -> Path:
     """runs/RECIPE-DATE-TIME, the same on every rank, with a number where a run of the same second has that name."""
     now = time.localtime(collectives.from_main(context, time.time()))
-    stem = Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S', now)}"
-    number = 1
-    while context.is_main and _numbered(stem, number).exists():
-        number += 1
-    return _numbered(stem, int(collectives.from_main(context, number)))
-
-
-def _numbered(stem: Path, number: int) -> Path:
-    return stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+    stem = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+    return _first_free(lambda number: Path(stem if number == 1 else f"{stem}-{number}"), context)
 
 
 def _next_export(run: Path, context: Context) -> Path:
+    return _first_free(lambda number: run / f"export-{number}", context)
+
+
+def _first_free(numbered: Callable[[int], Path], context: Context) -> Path:
+    """The first of numbered(1), numbered(2), ... that is not there, the same on every rank."""
     number = 1
-    while context.is_main and (run / f"export-{number}").exists():
+    while context.is_main and numbered(number).exists():
         number += 1
-    return run / f"export-{int(collectives.from_main(context, number))}"
+    return numbered(int(collectives.from_main(context, number)))

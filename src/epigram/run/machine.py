@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,17 @@ def memory_bytes() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return found
+
+
+def cpp_compiler() -> str | None:
+    """Where a C++ compiler is that torch.compile can use."""
+    return next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
+
+
+def python_header() -> Path | None:
+    """Where Python.h is, which compiled code includes."""
+    path = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return path if path.is_file() else None
 
 
 def peak_memory_bytes(device_type: str) -> int:

@@ -63,7 +63,7 @@ class Subject:
                     nats = self.losses.stream(self.method)(inputs, targets)
                 else:
                     nats = self.losses.windows(inputs, targets, rope_len=self.method.seq_len, last=None)
-                found.append(nats[:, -1].double().cpu().numpy())
+                found.append(nats[:, -1].cpu().double().numpy())
         return np.concatenate(found)[:vocab_size]
 
     def score(self, tokens: NDArray[np.uint16], rank: int = 0, world_size: int = 1) -> Score:

@@ -1,11 +1,11 @@
-"""The run folder: what a run leaves behind, written so that it can be read whenever and however the run
-ended.
+"""The run folder: what a run leaves behind, written so that it can be read whenever and however the run ended.
 
-    config.toml        the resolved configuration, first of all environment.json   commit, versions, devices,
-    active kernels and backends log.txt            the lines that were printed; those of `step_line` and
-    `final_line` keep their form for programs metrics.jsonl      one object a logged step, through the writer
-    `jsonl` samples.jsonl      generated texts result.json        replaced atomically: "running" from the
-    start, then "finished", "failed" or "interrupted"
+    config.toml         the resolved configuration, first of all
+    environment.json    commit, versions, devices, active kernels and backends
+    log.txt             the lines that were printed; those of `step_line` and `final_line` keep their form for programs
+    metrics.jsonl       one object a logged step, through the writer `jsonl`
+    samples.jsonl       generated texts
+    result.json         replaced atomically: "running" from the start, then "finished", "failed" or "interrupted"
 
 Only rank 0 writes: on other ranks a record accepts every call and does nothing.
 """

@@ -213,14 +213,14 @@ def _print_score(name: str, row: dict[str, Any], context: Context) -> None:
 
 def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
     """Model and data that belong together; UserError where they do not."""
-    device = str(context.device)
+    load = partial(load_model, path, str(context.device), shown=context.is_main)
     if not is_built(Path(data_path)):
-        model = load_model(path, device)
+        model = load()
         with tempfile.TemporaryDirectory() as folder:
             (tokenizer := Path(folder) / TOKENIZER).write_bytes(model.tokenizer.proto)
             return model, ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform).data
     data = open_data(data_path)
-    model = load_model(path, device, tokenizer=data.tokenizer)
+    model = load(tokenizer=data.tokenizer)
     # An artifact carries what encoding needs of a tokenizer, so the files differ where the tokenizers do not.
     if compact(model.tokenizer.proto) != compact(data.tokenizer.proto):
         raise UserError(

@@ -279,10 +279,10 @@ def restore_random(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def state_of(session: Engine) -> dict[str, dict[str, Any]]:
+def state_of(engine: Engine) -> dict[str, dict[str, Any]]:
     """All tensors that training changes, as live tensors by part."""
     return {
-        "model": dict(session.model.state_dict()),
-        "optimizer": session.optimizer.state_dict(),
-        "average": session.average.state_dict(),
+        "model": dict(engine.model.state_dict()),
+        "optimizer": engine.optimizer.state_dict(),
+        "average": engine.average.state_dict(),
     }

@@ -39,7 +39,7 @@ def warm_up(session: Session) -> None:
     ]
     batches = [made_up_tokens(session, session.config.flat_lanes[lane]) for lane in session.lanes]
     parts += [("a whole step", partial(compute_step, session, batches, _PLAN))] * _STEPS
-    with Progress("warm-up", len(parts), "parts") as bar:
+    with Progress("warm-up", len(parts), "parts", shown=session.context.is_main) as bar:
         for words, work in parts:
             bar.begin(words)
             work()

@@ -45,24 +45,24 @@ def pack(
     return artifact.save(path, contents, codec=config.artifact.codec)
 
 
-def load_model(path: Path, device: str = "auto", *, tokenizer: Tokenizer | None = None) -> Model:
+def load_model(path: Path, device: str = "auto", *, tokenizer: Tokenizer | None = None, shown: bool = True) -> Model:
     """The model in an artifact, a run folder or a checkpoint, ready to use on `device`.
 
     A run folder means its artifact if it has one, else its newest checkpoint. `tokenizer` is used when the file carries
-    none. Raises UserError or ArtifactError with what is wrong.
+    none. shown: the progress. Raises UserError or ArtifactError with what is wrong.
     """
     context = Context(device=pick_device(device))
     if path.is_dir() and (path / ARTIFACT).is_file():
         path = path / ARTIFACT
     if path.is_file():
-        return _from_artifact(path, context, tokenizer)
+        return _from_artifact(path, context, tokenizer, shown)
     if path.is_dir():
         return _from_checkpoint(path, context, tokenizer)
     raise UserError(f"there is no model at {path}: give a .epigram file, a run folder or a checkpoint folder")
 
 
-def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None) -> Model:
-    contents = artifact.load(path)
+def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, shown: bool) -> Model:
+    contents = artifact.load(path, shown=shown)
     settings = dict(contents.model)
     try:
         context_len, transform = settings.pop("context_len"), settings.pop("transform", "")

@@ -101,8 +101,7 @@ class _Trunk(torch.autograd.Function):
         entered: dict[int, Tensor] = {}  # gradients of what enters each layer, as long as somebody needs them
         d_x0: Tensor | None = None
         waiting: list[int] = []  # layers whose gradient of x0 is not yet added
-        skips_of = {index: layer.skip[0] for index, layer in enumerate(layers) if layer.skip is not None}
-        taken_by = {source: index for index, source in skips_of.items()}
+        taken_by = {layer.skip[0]: index for index, layer in enumerate(layers) if layer.skip is not None}
         found: list[dict[str, Tensor | None]] = [{} for _ in layers]
         d_extra: Tensor | None = None
         for index in reversed(range(len(layers))):
@@ -123,16 +122,9 @@ class _Trunk(torch.autograd.Function):
                     found[taker]["skip"] = sums[1]
             else:
                 g, own = entered[index + 1], layers[index + 1].own
-            down = layer.down if own is None else (layer.down * own[:, None]).to(layer.down.dtype)
-            d_pre, sums = products.down_back(g, down, mlp.pre, mlp.rstd, setting.shape.slope)
-            grown = g.T @ mlp.hidden
-            found[index]["up"] = d_pre.T @ mlp.y
-            dy, own_sums = products.back(d_pre, layer.up, g, mlp.y, correction_of(sums, mlp.rstd, width), own)
-            if own is None:
-                found[index]["down"] = grown
-            else:
-                found[index]["down"] = (grown * own[:, None]).to(grown.dtype)
-                found[index + 1]["own"] = own_sums + (grown.float() * layer.down).sum(1)
+            dy, found[index]["up"], found[index]["down"], d_own = _mlp_backward(g, own, layer, mlp, setting)
+            if own is not None:
+                found[index + 1]["own"] = d_own
             found[index]["out"] = dy.T @ attention.seen
             back = attention_backward(dy, attention, layer, extra, setting.shape)
             entered[index], _ = products.back(back.packed, layer.qkv, dy, attention.entering, back.correction)
@@ -149,10 +141,26 @@ class _Trunk(torch.autograd.Function):
                 for i, d_first in zip(waiting, sums.unbind(0), strict=True):
                     found[i]["first"] = d_first
                 waiting = []
-            entered = {i: g for i, g in entered.items() if i in (*waiting, index) or skips_of.get(i, index) < index}
+            needed = {*waiting, index, *(taker for source, taker in taken_by.items() if source < index)}
+            entered = {i: entered[i] for i in entered.keys() & needed}
         assert d_x0 is not None
         flat = [gradients.get(name) for gradients in found for name in (*_TENSORS, "skip")]
         return d_x0.view(x0.shape), None if d_extra is None else d_extra.view(value.shape), None, *flat
+
+
+def _mlp_backward(
+    g: Tensor, own: Tensor | None, layer: Layer, record: _MlpRecord, setting: _Setting
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of y, up, down and own, from that of the layer's output x, or with `own` from that of own * x."""
+    products, down = setting.products, layer.down
+    scaled_down = down if own is None else (down * own[:, None]).to(down.dtype)
+    d_pre, sums = products.down_back(g, scaled_down, record.pre, record.rstd, setting.shape.slope)
+    d_down, d_up = g.T @ record.hidden, d_pre.T @ record.y
+    dy, own_sums = products.back(d_pre, layer.up, g, record.y, correction_of(sums, record.rstd, g.shape[1]), own)
+    if own is None:
+        return dy, d_up, d_down, None
+    assert own_sums is not None
+    return dy, d_up, (d_down * own[:, None]).to(down.dtype), own_sums + (d_down.float() * down).sum(1)
 
 
 def trunk(
@@ -167,6 +175,8 @@ def trunk(
 ) -> tuple[Tensor, Tensor | None]:
     """See `epigram.kernels.trunk`; without layers' `carry` and `lora`, and `last` only where no gradient is wanted."""
     assert all(layer.carry is None and layer.lora is None for layer in layers)
+    taken = [layer.skip[0] for layer in layers if layer.skip is not None]
+    assert len(set(taken)) == len(taken), "the backward pass gives an output to one skip at most"
     tensors = [
         tensor
         for layer in layers

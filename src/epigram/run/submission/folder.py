@@ -113,9 +113,8 @@ def read_runs(runs: Sequence[Path]) -> list[Source]:
     for path, score in zip(runs, scored, strict=True):
         result = json.loads((path / RESULT).read_text("utf-8"))
         config = load_recipe(str(path / CONFIG))
-        for key in ("exported_from", "artifact_sha256", "artifact_bytes", "calibration"):
-            if (key in result) == (key == "exported_from"):
-                raise UserError(f"{path} is no run from training to score in one go by this release: train it again")
+        if "exported_from" in result or not result.keys() >= {"artifact_sha256", "artifact_bytes", "calibration"}:
+            raise UserError(f"{path} is no run from training to score in one go by this release: train it again")
         if problems := over_budget(config, result):
             raise UserError(f"{path} is no valid run: {'; '.join(problems)}")
         if config.budget.clock == "replay":
