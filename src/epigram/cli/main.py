@@ -18,7 +18,7 @@ _SPINS = "10000"
 """Turns that a thread of GNU OpenMP waits awake for the others, about half a millisecond, before it sleeps. Its own
 300,000 are some 15 ms: where anything else computes, each product of a small model waits for a thread whose processor
 a waiting one holds. A step of `demo` on two cores beside one busy process: 1,170 to 2,370 ms with 300,000, 475 with
-these, 375 to 400 with none; on idle ones 214, 228 and 236."""
+these, 375 to 400 with none; on idle ones 250 with 300,000 and 261 with these (docs/log.md)."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
