@@ -270,6 +270,9 @@ def test_what_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch):
     ):
         run_job("h100", out=tmp_path / "run", overrides=[whole], device="cpu")
     assert not (tmp_path / "run").exists()
+    one = ["lanes=[{count=1,seq_len=131072,num_seqs=1}]", "run.micro_tokens=49152"]
+    with pytest.raises(UserError, match=r"131,072 tokens at a time .* make the lane's seq_len shorter"):
+        check_memory(load_recipe("h100", one), "cpu")
     check_memory(load_recipe("h100", [whole]), "cuda")
     for recipe in ("h100", "pr1212", "demo"):
         check_memory(load_recipe(recipe), "cpu")

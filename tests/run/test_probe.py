@@ -20,7 +20,9 @@ from epigram.kernels.front import smear
 from epigram.model import gpt
 from epigram.model.cache import Cache
 from epigram.model.gpt import GPT
+from epigram.run import choices
 from epigram.run import probe as module
+from epigram.run import score as score_module
 from epigram.run.probe import ProbeError, check, probe
 from epigram.run.score import score_model
 from epigram.run.setup import Losses, scoring_losses
@@ -293,6 +295,18 @@ def test_the_command_probes_before_it_scores(finished: Path, data_path: Path, ca
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("probe blocks, ") and ": passed: " in line for line in lines[:5]) == 5
     assert lines[5].startswith("final_blocks_exact")
+
+
+def test_on_a_cpu_probes_are_given_few_tokens_at_a_time(
+    finished: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As scores are: the batch of a recipe for a large GPU does not fit into memory."""
+    sizes: list[int] = []
+    monkeypatch.setattr(choices, "_CPU_TOKENS", 96)
+    monkeypatch.setattr(score_module, "probe", lambda *args, batch_tokens, **others: sizes.append(batch_tokens) or [])
+    for seq_len in (32, 128):
+        score_model(finished, str(data_path), methods=("blocks",), seq_len=seq_len, device="cpu", with_probes=True)
+    assert sizes == [96, 128]
 
 
 def test_probes_cross_the_seams_of_a_stream() -> None:

@@ -32,6 +32,12 @@ from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
 
 
+def tokens_a_forward(batch_tokens: int, seq_len: int, context: Context) -> int:
+    """`batch_tokens`, or what the device's memory holds of it; at least one window of `seq_len`."""
+    most = tokens_at_a_time(0, context.device.type) or batch_tokens
+    return max(min(batch_tokens, most), seq_len)
+
+
 def score_split(
     losses: Losses,
     data: DataFolder,
@@ -49,7 +55,6 @@ def score_split(
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
     adaptation: the model learns meanwhile, with windows as in `method`; its settings are in the row.
     """
-    batch_tokens = min(batch_tokens, tokens_at_a_time(0, context.device.type) or batch_tokens)
     tokens = data.stream(split)
     whole = not 0 < max_tokens < len(tokens) - 1
     byte_counts = data.byte_counts(split)
@@ -69,7 +74,7 @@ def score_split(
         tokens,
         data.tokenizer.byte_tables(),
         method,
-        batch_tokens=max(batch_tokens, method.seq_len),
+        batch_tokens=tokens_a_forward(batch_tokens, method.seq_len, context),
         expected_bytes=data.split_bytes(split) if whole else None,
         byte_counts=byte_counts,
         progress=context.is_main,
@@ -127,7 +132,7 @@ def score_model(
         score_one = partial(
             score_split, losses, data, context=context, batch_tokens=batch_tokens, split=split, max_tokens=max_tokens
         )
-        size = max(batch_tokens, seq_len)
+        size = tokens_a_forward(batch_tokens, seq_len, context)
         if data.validation is not None and split == "val" and context.is_main:
             print(f"validation: {data.validation.text}", flush=True)
         for name in methods:
