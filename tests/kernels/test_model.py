@@ -108,22 +108,22 @@ def check(model: GPT, place: Place, kernels: list[Kernels], run, batches: Sequen
 
 
 def _joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Results of all batches, gradients of single numbers as one vector.
+    """Results of all batches, each as one tensor, and gradients of single numbers as one vector.
 
-    Each is a sum over all tokens of which little is left, sometimes a tenth of what other batches leave; the error of
-    one such sum is chance.
+    A gradient of few numbers is in each a sum over all tokens of which little is left, sometimes a tenth of what other
+    batches leave: the error of one such sum is chance, and that of many is not.
     """
+    stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
     single = [name for name, tensor in results[0].items() if tensor.numel() < 8 and name not in ("loss", "nats")]
-    numbers = [result[name].reshape(-1) for result in results for name in single]
-    joined = {f"{k} {i}": tensor for i, result in enumerate(results) for k, tensor in result.items() if k not in single}
-    return joined | {"numbers": torch.cat(numbers)} if single else joined
+    numbers = [stacked.pop(name).reshape(-1) for name in single]
+    return stacked | {"numbers": torch.cat(numbers)} if single else stacked
 
 
 @BEST_PRECISION
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_technique(place: Place, name: str, monkeypatch):
     model = model_of(replace(TINY, **VARIANTS[name]), place)
-    batches = [place.tokens(50, 2, 22, seed=seed) for seed in range(2)]
+    batches = [place.tokens(50, 2, 22, seed=seed) for seed in range(24 if place.is_large else 2)]
     for tokens in batches:
         tokens[:, [5, 9, 10]] = 7  # begins a document where documents are isolated
     check(model, place, kernels_here(place, monkeypatch), trained, batches)

