@@ -12,7 +12,7 @@ from epigram.data.dataset import DataFolder
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.kernels.base import PLAIN
-from epigram.run import choices, setup
+from epigram.run import choices, setup, speed
 from epigram.run.bench import step as bench_step
 from epigram.run.bench.base import Bench
 from epigram.run.graphs import CudaCapture, Key, LaneGraph, Work
@@ -263,6 +263,22 @@ def test_fused_and_replayed_is_plain_within_its_noise(data: DataFolder):
     for index, loss in enumerate(exact):
         noise = max(abs(other - right) for other, right in zip(plain, exact, strict=True))
         assert abs(fused[index] - loss) <= 3 * noise + 2e-3 * loss
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_attention_is_measured_as_it_will_be_launched(data: DataFolder, graphs: str, monkeypatch: pytest.MonkeyPatch):
+    timed: list[float] = []
+
+    def replayed_ms(step: speed.Step, device: torch.device, measure=speed.replayed_ms) -> float:
+        timed.append(measure(step, device))
+        return timed[-1]
+
+    monkeypatch.setattr(speed, "replayed_ms", replayed_ms)
+    session = on_cuda(data, ONE_LANE, f"run.cuda_graphs={graphs}")
+    session.loader.close()
+    assert all(0 < ms < 1000 for ms in timed)
+    assert bool(timed) == (graphs == "on")
 
 
 @pytest.mark.gpu

@@ -100,6 +100,25 @@ def test_alone_the_numbers_are_ones_own_and_the_compiler_comes_first() -> None:
     assert (found, prepared) == ({"sdpa": 0.25}, [sdpa.attend])
 
 
+@pytest.mark.parametrize("replayed", [True, False])
+def test_what_a_graph_launches_is_timed_in_a_graph(replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's part of a launch counts where it is the host that launches."""
+    seen: list[str] = []
+
+    def attend(q, k, v, window):
+        seen.append("launched")
+        return sdpa.attend(q, k, v, window)
+
+    def capture(device):
+        return lambda work: (work(), lambda: seen.append("replayed"))
+
+    monkeypatch.setattr(speed, "CudaCapture", capture)
+    monkeypatch.setattr(speed, "cuda_ms", lambda step: [step(), step(), 0.5][-1])
+    work = Work(shapes=((1, 8),), backward=True, replayed=replayed)
+    assert agreed_ms(Context(), work, {"sdpa": attend}, REQUEST) == {"sdpa": 0.5}
+    assert seen == (["launched", "replayed", "replayed"] if replayed else ["launched", "launched"])
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The context of a process on an H100, as far as a choice looks at it."""

@@ -1,7 +1,7 @@
 """Builds everything a run needs, says which paths it takes, and does nothing else."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,7 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
         paths |= explain_float8(model, context)
         kernels = "plain"
     compiled, chosen = attach_kernels(model, kernels, config.run.compile, context)
+    work = replace(work, replayed=work.backward and should_capture(config.run.cuda_graphs, model, context))
     seconds = precompile(config.model, model.kernels.products, context)
     if seconds is not None:
         paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from epigram.attention.base import PACKAGE, Attend, Request, within
 from epigram.config import Config
 from epigram.dist import collectives
 from epigram.dist.context import Context
+from epigram.run.graphs import CudaCapture
 
 _WARM_UPS = 2  # the first compiles, the second allocates
 _ROW_MS = 20.0  # of one backend at one shape; a row of steps takes about as long, and at least one step
@@ -32,10 +34,14 @@ TimeStep = Callable[[Step], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a run asks of attention: batches of (num_seqs, seq_len), as often as they come, and whether gradients."""
+    """What a run asks of attention: batches of (num_seqs, seq_len), as often as they come, and whether gradients.
+
+    replayed: as part of a CUDA graph, where it does not matter how long the host would need to launch it.
+    """
 
     shapes: tuple[tuple[int, int], ...]
     backward: bool
+    replayed: bool = False
 
 
 def training_work(config: Config, most_tokens: int | None = None) -> Work:
@@ -64,14 +70,15 @@ def agreed_ms(
     """What rank 0 measures, on every rank: milliseconds by backend, infinity for one that failed there.
 
     Every process must call this. prepare: the compiler, where the model will be compiled. time_step: how a step is
-    timed; by the device's own events where not given.
+    timed; where not given, by the device's own events.
     """
     times_ms: dict[str, float] = {}
     with collectives.together(context):
         if context.is_main:
             called = {name: as_called(attend, request) for name, attend in attends.items()}
             ready = {name: prepare(attend) if prepare else attend for name, attend in called.items()}
-            times_ms = measure_ms(ready, request, work, context.device, time_step or cuda_ms)
+            usual = partial(replayed_ms, device=context.device) if work.replayed else cuda_ms
+            times_ms = measure_ms(ready, request, work, context.device, time_step or usual)
     # The numbers of all backends of the folder, as other ranks cannot know which of them rank 0 has.
     numbers = {n: collectives.from_main(context, times_ms.get(n, math.nan)) for n in plugin.names(PACKAGE)}
     return {name: ms for name, ms in numbers.items() if not math.isnan(ms)}
@@ -138,6 +145,17 @@ def cuda_ms(step: Step) -> float:
     once_ms = max(_row_ms(step, 1), 1e-3)
     repeats = min(max(int(_ROW_MS / once_ms), 1), _MOST_REPEATS)
     return statistics.median(_row_ms(step, repeats) for _ in range(3)) / repeats
+
+
+def replayed_ms(step: Step, device: torch.device) -> float:
+    """The same of what `step` launches, without the host's part, which for flash4 is 1 ms whatever the shape."""
+
+    def work() -> list[torch.Tensor]:
+        step()
+        return []
+
+    _, replay = CudaCapture(device)(work)
+    return cuda_ms(replay)
 
 
 def _row_ms(step: Step, repeats: int) -> float:
