@@ -29,6 +29,8 @@ TINY = ModelConfig(
 )  # fmt: skip
 """Every technique at once; no width is a multiple of a tile."""
 
+_FEW, _SINGLE = 64, 8  # elements of a gradient, see `_joined`
+
 LAYERS = 4
 """Times the floor of a single operation: errors of layers add up."""
 
@@ -108,15 +110,22 @@ def check(model: GPT, place: Place, kernels: list[Kernels], run, batches: Sequen
 
 
 def _joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Results of all batches, each as one tensor, and gradients of single numbers as one vector.
+    """Results by batch, but gradients of few numbers over all batches, and those of single ones as one vector.
 
-    A gradient of few numbers is in each a sum over all tokens of which little is left, sometimes a tenth of what other
-    batches leave: the error of one such sum is chance, and that of many is not.
+    Each such number is a sum over all tokens of which little is left, sometimes a tenth of what other batches leave:
+    the error of one sum is chance, and that of many is not.
     """
-    stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
-    single = [name for name, tensor in results[0].items() if tensor.numel() < 8 and name not in ("loss", "nats")]
-    numbers = [stacked.pop(name).reshape(-1) for name in single]
-    return stacked | {"numbers": torch.cat(numbers)} if single else stacked
+    joined: dict[str, Tensor] = {}
+    single: list[Tensor] = []
+    for name, first in results[0].items():
+        found = [result[name] for result in results]
+        if first.numel() >= _FEW or name in ("loss", "nats"):
+            joined |= {f"{name} {index}": tensor for index, tensor in enumerate(found)}
+        elif first.numel() >= _SINGLE:
+            joined[name] = torch.stack(found)
+        else:
+            single += [tensor.reshape(-1) for tensor in found]
+    return joined | {"numbers": torch.cat(single)} if single else joined
 
 
 @BEST_PRECISION

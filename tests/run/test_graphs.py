@@ -1,5 +1,6 @@
 """Lanes that are recorded and replayed compute what lanes that are launched do, on memory that is used again."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -266,15 +267,28 @@ def test_fused_and_replayed_is_plain_within_its_noise(data: DataFolder):
 
 
 @pytest.mark.gpu
+def test_the_hosts_part_of_a_launch_is_told_from_the_devices():
+    """A small kernel behind three milliseconds that the host takes to launch it."""
+    x = torch.ones(8, device="cuda")
+
+    def step() -> None:
+        time.sleep(3e-3)
+        x.add_(1)
+
+    assert speed.cuda_ms(step) > 2.5
+    assert speed.device_ms(step) < 1.0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("graphs", ["on", "off"])
 def test_attention_is_measured_as_it_will_be_launched(data: DataFolder, graphs: str, monkeypatch: pytest.MonkeyPatch):
     timed: list[float] = []
 
-    def replayed_ms(step: speed.Step, device: torch.device, measure=speed.replayed_ms) -> float:
-        timed.append(measure(step, device))
+    def device_ms(step: speed.Step, measure=speed.device_ms) -> float:
+        timed.append(measure(step))
         return timed[-1]
 
-    monkeypatch.setattr(speed, "replayed_ms", replayed_ms)
+    monkeypatch.setattr(speed, "device_ms", device_ms)
     session = on_cuda(data, ONE_LANE, f"run.cuda_graphs={graphs}")
     session.loader.close()
     assert all(0 < ms < 1000 for ms in timed)

@@ -101,22 +101,60 @@ def test_alone_the_numbers_are_ones_own_and_the_compiler_comes_first() -> None:
 
 
 @pytest.mark.parametrize("replayed", [True, False])
-def test_what_a_graph_launches_is_timed_in_a_graph(replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's part of a launch counts where it is the host that launches."""
-    seen: list[str] = []
+def test_what_a_graph_launches_is_timed_without_the_host(replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "cuda_ms", lambda step: 0.75)
+    monkeypatch.setattr(speed, "device_ms", lambda step: 0.5)
+    work = Work(shapes=((1, 8),), backward=True, replayed=replayed)
+    assert agreed_ms(Context(), work, {"sdpa": sdpa.attend}, REQUEST) == {"sdpa": 0.5 if replayed else 0.75}
+
+
+def test_the_device_waits_until_a_row_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated device: a step takes the host 3 ms and the device 1 ms."""
+    clock = {"host": 0.0, "device": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.ms = 0.0
+
+        def record(self) -> None:
+            clock["device"] = self.ms = max(clock["device"], clock["host"])
+
+        def synchronize(self) -> None:
+            clock["host"] = max(clock.values())
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.ms - self.ms
+
+    def step() -> None:
+        clock["host"] += 3
+        clock["device"] = max(clock.values()) + 1
+
+    def sleep(cycles: int) -> None:
+        clock["device"] = max(clock.values()) + 1000 * cycles / 2e9
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.update(host=max(clock.values())))
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock["host"] / 1000)
+    assert speed.cuda_ms(step) > 2.5
+    assert speed.device_ms(step) == pytest.approx(1)
+
+
+def test_fused_kernels_repeat_keys_and_values_in_training() -> None:
+    """Where a backend wants as many of them as queries; so it is timed with as many."""
+    heads: list[int] = []
 
     def attend(q, k, v, window):
-        seen.append("launched")
+        heads.append(k.shape[2])
         return sdpa.attend(q, k, v, window)
 
-    def capture(device):
-        return lambda work: (work(), lambda: seen.append("replayed"))
-
-    monkeypatch.setattr(speed, "CudaCapture", capture)
-    monkeypatch.setattr(speed, "cuda_ms", lambda step: [step(), step(), 0.5][-1])
-    work = Work(shapes=((1, 8),), backward=True, replayed=replayed)
-    assert agreed_ms(Context(), work, {"sdpa": attend}, REQUEST) == {"sdpa": 0.5}
-    assert seen == (["launched", "replayed", "replayed"] if replayed else ["launched", "launched"])
+    for wants in (False, True):
+        attend.equal_heads = wants
+        for fused in (False, True):
+            for backward in (False, True):
+                work = Work(shapes=((1, 8),), backward=backward, fused=fused)
+                measure_ms({"sdpa": attend}, REQUEST, work, CPU, lambda step: step() or 1.0)
+    assert heads == [2] * 7 + [4]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.passes import OpenStream, StreamLoss, TokenLoss
 from epigram.evaluation.windows import Method
-from epigram.kernels.base import FLOAT8
+from epigram.kernels.base import FLOAT8, PLAIN
 from epigram.model.cache import Cache
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT, BankTransform
@@ -190,7 +190,8 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
         paths |= explain_float8(model, context)
         kernels = "plain"
     compiled, chosen = attach_kernels(model, kernels, config.run.compile, context)
-    work = replace(work, replayed=work.backward and should_capture(config.run.cuda_graphs, model, context))
+    replayed = work.backward and should_capture(config.run.cuda_graphs, model, context)
+    work = replace(work, fused=model.kernels is not PLAIN, replayed=replayed)
     seconds = precompile(config.model, model.kernels.products, context)
     if seconds is not None:
         paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"
