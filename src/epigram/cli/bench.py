@@ -14,7 +14,7 @@ from epigram.cli.options import device_option, finish, set_option
 @click.option("--repeats", type=click.IntRange(min=1), help="Timed calls of each; by default the benchmark's own.")
 @device_option()
 @click.option("--profile", type=click.Path(path_type=Path), metavar="DIR",
-              help="Write a trace and tables of kernels into this new folder (step, score).")  # fmt: skip
+              help="Write a trace and tables of kernels into this new folder.")  # fmt: skip
 @click.option("--method", "methods", multiple=True, help="Of score: blocks or sliding (repeatable).")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Of score: tokens in a window.")
 @click.option("--stride", type=click.IntRange(min=1), help="Of score: tokens between windows of method sliding.")

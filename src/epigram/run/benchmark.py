@@ -12,7 +12,7 @@ from epigram.errors import UserError
 from epigram.progress import Progress
 from epigram.run.bench._ceilings import Ceilings, measure_ceilings
 from epigram.run.bench._kernels import Breakdown
-from epigram.run.bench._profile import NUMBERS, TABLE, prepare_folder
+from epigram.run.bench._profile import NUMBERS, TABLE, prepare_folder, profile_rows
 from epigram.run.bench._tables import print_breakdown, print_result
 from epigram.run.bench.base import PACKAGE, Bench, Options, fill_zeros
 from epigram.run.machine import environment
@@ -52,6 +52,8 @@ def benchmark(
         with Progress(f"bench {name}", unit="timings") as bar:
             bench = Bench(engine=engine, repeats=repeats or module.REPEATS, options=options, advance=bar.advance)
             module.run(bench)
+            if options.profile and bench.breakdown is None:
+                bench.breakdown = profile_rows(bench, options.profile)
         result = {
             "benchmark": name,
             "recipe": recipe,

@@ -211,14 +211,17 @@ def test_every_benchmark_is_a_whole_plugin(name: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(profile=Path("p")), "bench mlp has no --profile: it belongs to score, step"),
-        (Options(methods=("blocks",)), "bench mlp has no --method: it belongs to score"),
-        (Options(seq_len=8), "bench mlp has no --seq-len: it belongs to score"),
+        (
+            Options(profile=Path("p")),
+            "bench lanes has no --profile: it belongs to attention, mlp, optimizer, pack, score",
+        ),
+        (Options(methods=("blocks",)), "bench lanes has no --method: it belongs to score"),
+        (Options(seq_len=8), "bench lanes has no --seq-len: it belongs to score"),
     ],
 )
 def test_an_option_of_another_benchmark_is_refused(options: Options, message: str):
     with pytest.raises(UserError, match=message):
-        benchmark("mlp", options=options)
+        benchmark("lanes", options=options)
 
 
 def test_several_processes_are_refused(monkeypatch):

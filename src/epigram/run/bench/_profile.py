@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.run.bench._kernels import Breakdown, break_down
+from epigram.run.bench.base import Bench
 from epigram.run.train import UPDATE
 
 TRACE, TABLE, NUMBERS = "trace.json", "kernels.txt", "kernels.json"
@@ -34,6 +35,17 @@ def profile_steps(work: Callable[[], Any], median_ms: float, context: Context, f
     with (folder / TRACE).open(encoding="utf-8") as file:
         found = break_down(json.load(file)["traceEvents"], STEPS, UPDATE)
     return replace(found, unprofiled_ms=median_ms)
+
+
+def profile_rows(bench: Bench, folder: Path) -> Breakdown:
+    """The same of all that was timed, one after the other."""
+    rows, works = zip(*bench.to_profile, strict=True)
+
+    def in_turn() -> None:
+        for work in works:
+            work()
+
+    return profile_steps(in_turn, sum(row.timing.median_ms for row in rows), bench.engine.context, folder)
 
 
 def _record(work: Callable[[], Any], context: Context, steps: int) -> profile:

@@ -53,11 +53,10 @@ class Updates:
         groups = {rule: [g for g in self._engine.optimizer.groups if g.rule == rule] for rule in ("muon", "adamw")}
         config, device = self._engine.config.optim, self._engine.context.device
         rate, momentum, scale = (torch.full((), value, device=device) for value in (RATE, MOMENTUM, 1.0))
-        self._give()
         muon = Muon(named, roles, groups["muon"], config.muon, fused=self._engine.optimizer.fused)
-        self._time("Muon", lambda: muon.step(rate, momentum, scale), *muon_work(self._engine))
+        self._time("Muon", lambda: muon.step(rate, momentum, scale), *muon_work(self._engine), before=self._give)
         adamw = AdamW(named, groups["adamw"], config.adamw)
-        self._time("AdamW", lambda: adamw.step(rate, scale), *adamw_work(self._engine))
+        self._time("AdamW", lambda: adamw.step(rate, scale), *adamw_work(self._engine), before=self._give)
         self._engine.optimizer.zero_grad()
 
     # -- what is timed ----------------------------------------------------------------------------------------------

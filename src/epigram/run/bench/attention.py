@@ -17,7 +17,7 @@ from epigram.run.choices import attention_request
 from epigram.run.speed import as_called
 
 REPEATS = 20
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"profile"})
 
 _ORACLE_MATRICES = 5  # of logits that it holds at once, in float32
 

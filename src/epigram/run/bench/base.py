@@ -11,6 +11,7 @@ Files that begin with an underscore are what benchmarks share.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +85,8 @@ class Bench:
     """A benchmark at work: what it may use, and what it has found so far.
 
     left_out: what was not timed, and why. figures: numbers about the whole. breakdown: of a profile, if one was asked
-    for. paste: lines for a recipe that the benchmark proposes.
+    for. to_profile: where a benchmark makes none of its own, what one is made of: all that was timed. paste: lines for
+    a recipe that the benchmark proposes.
     """
 
     engine: Engine
@@ -95,6 +97,7 @@ class Bench:
     left_out: dict[str, str] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     breakdown: Breakdown | None = None
+    to_profile: list[tuple[Row, Callable[[], Any]]] = field(default_factory=list)
     paste: str = ""
 
     def time(
@@ -106,12 +109,18 @@ class Bench:
         warm_up: int = WARM_UP,
         queued: bool = False,
         amounts: Mapping[str, float] | None = None,
+        profiled: bool = True,
     ) -> Row:
-        """Time `work` as `measure` does, and keep the row; `parts` is what it cannot do without."""
+        """Time `work` as `measure` does, and keep the row; `parts` is what it cannot do without.
+
+        profiled: whether a profile of all rows is to have this one.
+        """
         context = self.engine.context
         timing = measure(work, context, repeats=self.repeats, before=before, warm_up=warm_up, queued=queued)
         row = Row(name=name, timing=timing, work=parts, amounts=amounts or {})
         self.rows.append(row)
+        if profiled and self.options.profile:
+            self.to_profile.append((row, work if before is None else partial(_in_turn, before, work)))
         self.advance()
         return row
 
@@ -130,6 +139,11 @@ class Bench:
         """The distinct shapes among the lanes of this process, in the recipe's order."""
         lanes = self.engine.config.flat_lanes
         return list(dict.fromkeys(lanes[i] for i in self.engine.lanes))
+
+
+def _in_turn(*works: Callable[[], Any]) -> None:
+    for work in works:
+        work()
 
 
 def lane_name(lane: Lane) -> str:

@@ -19,7 +19,7 @@ from epigram.kernels.trunk import leaky_square
 from epigram.run.bench.base import Bench, Work, lane_name
 
 REPEATS = 20
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"profile"})
 
 Passes = tuple[Callable[[], Any], Callable[[], Any]]
 """The forward, and forward and backward."""

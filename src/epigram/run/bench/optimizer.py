@@ -4,7 +4,7 @@ from epigram.run.bench._updates import Updates
 from epigram.run.bench.base import Bench
 
 REPEATS = 20
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"profile"})
 
 
 def run(bench: Bench) -> None:

@@ -1,7 +1,7 @@
 """From a random model to a file and back: calibration, quantization, and every codec."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,14 +11,17 @@ from epigram import plugin
 from epigram.artifact.table import CODECS
 from epigram.artifact.tensors import Contents, load, save
 from epigram.config import to_tree
+from epigram.model.cost import forward_flops_per_token
+from epigram.quant.config import QuantConfig, needs_hessians
+from epigram.quant.policy import Part, calibration_taps, method_of, plan
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quantized import QuantizedTensor
-from epigram.run.bench.base import Bench
+from epigram.run.bench.base import Bench, Work
 from epigram.run.export import BATCH_TOKENS, calibrate
 from epigram.run.warmup import random_tokens
 
 REPEATS = 1  # a codec may take a minute
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"profile"})
 
 
 def run(bench: Bench) -> None:
@@ -41,14 +44,32 @@ def _quantize(bench: Bench) -> Stored:
     def quantize() -> None:
         stored.update(quantize_model(named, engine.model.roles(), hessians, config)[0])
 
+    named = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
+    parts = plan(named, engine.model.roles(), config.grid)
     if config.needs_hessians:
         tokens = config.calibration.num_windows * config.calibration.seq_len
-        bench.time("calibrate on made-up tokens", measure_hessians, warm_up=1, amounts={"tokens": tokens})
+        work = _calibration_work(bench, parts, tokens)
+        bench.time("calibrate on made-up tokens", measure_hessians, work, warm_up=1, amounts={"tokens": tokens})
     else:
         bench.left_out["calibrate"] = f'quant.method = "{config.method}" needs no calibration'
-    named = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
-    bench.time(f"quantize, {config.method}", quantize, warm_up=1, amounts={"weights": _num_weights(named)})
+    work = _quantization_work(parts, config)
+    bench.time(f"quantize, {config.method}", quantize, work, warm_up=1, amounts={"weights": _num_weights(named)})
     return stored
+
+
+def _calibration_work(bench: Bench, parts: Sequence[Part], tokens: int) -> Work:
+    """A forward, and the products of each tap's input with itself."""
+    config = bench.engine.config
+    taps = calibration_taps(parts, tables=needs_hessians(config.quant.table_method))
+    forward = sum(forward_flops_per_token(config.model, config.quant.calibration.seq_len).values())
+    return Work(flops=tokens * (forward + sum(2 * cols**2 for cols in taps.values())))
+
+
+def _quantization_work(parts: Sequence[Part], config: QuantConfig) -> Work:
+    """Of GPTQ each column's error in all columns behind it; weights read and codes written."""
+    swept = [part.tensor for part in parts if method_of(part, config) == "gptq"]
+    moved = sum(part.tensor.numel() * (part.tensor.itemsize + 1) for part in parts)
+    return Work(flops=sum(tensor.numel() * tensor.shape[1] for tensor in swept), bytes=moved)
 
 
 def _windows(bench: Bench) -> Iterator[Tensor]:
@@ -61,8 +82,8 @@ def _windows(bench: Bench) -> Iterator[Tensor]:
 def _time_codec(bench: Bench, codec: str, contents: Contents, path: Path) -> None:
     loaded: list[Contents] = []
     amounts = {"MB": raw_bytes(contents.tensors) / 1e6}
-    bench.time(f"pack, {codec}", lambda: save(path, contents, codec), warm_up=0, amounts=amounts)
-    bench.time(f"unpack, {codec}", lambda: loaded.append(load(path)), warm_up=0, amounts=amounts)
+    bench.time(f"pack, {codec}", lambda: save(path, contents, codec), warm_up=0, amounts=amounts, profiled=False)
+    bench.time(f"unpack, {codec}", lambda: loaded.append(load(path)), warm_up=0, amounts=amounts, profiled=False)
     bench.figures[f"{codec}_bytes"] = path.stat().st_size
     assert all(_same(contents.tensors[name], tensor) for name, tensor in loaded[-1].tensors.items())
 
