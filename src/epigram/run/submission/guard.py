@@ -1,0 +1,100 @@
+"""What `epigram check --execute` puts in front of a foreign script: this file becomes its `sitecustomize`.
+
+Hooks of Python's own audit refuse connections, other programs, and, while an artifact is scored, files that scoring has
+no business with; each refusal is a line in a file. Native code that opens files or sockets by itself is not seen here.
+Only the standard library is at hand.
+"""
+
+import os
+import sys
+from typing import Any
+
+LOG = "EPIGRAM_GUARD_LOG"
+"""Environment variable: the file that refusals are written to."""
+
+READABLE = "EPIGRAM_GUARD_READABLE"
+"""Environment variable: places that may be read, apart from those of Python and of the system; without it all may."""
+
+_NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto")
+_PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn")
+_NATIVE = ("system", "popen", "execv", "execve", "execvp", "posix_spawn", "fork", "open", "fopen", "socket", "connect")
+_HARMLESS = ("git", "uname", "nvidia-smi", "ldconfig", "lscpu", "gcc", "cc", "c++", "g++", "ld", "objdump")
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys", "/dev", "/opt/rocm")
+
+
+def install() -> None:
+    """Refuse from here on, in this process and in Python processes that it starts."""
+    log, readable = os.environ[LOG], os.environ.get(READABLE)
+    places = None if readable is None else _places(readable.split(os.pathsep))
+    writing = [False]  # the refusal itself opens a file
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if writing[0] or (words := _refused(event, arguments, places)) is None:
+            return
+        writing[0] = True
+        try:
+            with open(log, "a", encoding="utf-8", errors="replace") as file:
+                file.write(" ".join(words.split()) + "\n")
+        finally:
+            writing[0] = False
+        raise PermissionError(f"refused while a record is checked: {words}")
+
+    sys.addaudithook(hook)
+    _guard_fork_exec(hook)
+
+
+def _refused(event: str, arguments: tuple[Any, ...], places: list[str] | None) -> str | None:
+    """Kind and words of what is refused, None for what is not."""
+    if event in _NETWORK:
+        return f"network {event} {arguments[1:]!r}"
+    if event in _PROGRAMS or event == "fork_exec":
+        command = _command(event, arguments)
+        return None if _is_known(command, places is not None) else f"process {event} {' '.join(command)[:200]}"
+    if event == "ctypes.dlsym" and str(arguments[1]) in _NATIVE:
+        return f"process {event} {arguments[1]}"
+    if event == "open" and places is not None and isinstance(arguments[0], str | bytes):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if not any(path == place or path.startswith(place.rstrip("/") + "/") for place in places):
+            return f"data {path}"
+    return None
+
+
+def _places(named: list[str]) -> list[str]:
+    """Where a script may read while it scores: Python, its libraries, the system, and what is named."""
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.path.realpath(sys.executable))]
+    return sorted({os.path.realpath(place) for place in [*named, *python, *_SYSTEM, *filter(None, sys.path)]})
+
+
+def _command(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Words of a command, the program that is really started first."""
+    if event in ("os.system", "pty.spawn", "os.startfile"):
+        words = arguments[0] if isinstance(arguments[0], list | tuple) else arguments[:1]
+        return [_text(word) for word in words]
+    if event == "os.spawn":
+        arguments = arguments[1:]
+    return [_text(arguments[0]), *(_text(word) for word in list(arguments[1])[1:])]
+
+
+def _text(word: Any) -> str:
+    return os.fsdecode(word) if isinstance(word, str | bytes | os.PathLike) else str(word)
+
+
+def _is_known(command: list[str], scoring: bool) -> bool:
+    """Programs that tell of the machine or compile kernels, and, when a run is scored at its end, the script itself."""
+    program = os.path.basename(command[0]) if command else ""
+    if os.path.realpath(command[0] if command else "") == os.path.realpath(sys.executable):
+        return not scoring and len(command) > 1 and os.path.realpath(command[1]) == os.path.realpath(sys.argv[0])
+    return program in _HARMLESS and not (program == "git" and not {"ls-files", "rev-parse", "status"} & set(command))
+
+
+def _guard_fork_exec(hook: Any) -> None:
+    """Python starts programs by a function that tells the audit nothing."""
+    import _posixsubprocess
+
+    start = _posixsubprocess.fork_exec
+
+    def fork_exec(*arguments: Any) -> Any:
+        hook("fork_exec", (arguments[1][0], arguments[0]))  # the first place where the program may lie, and the words
+        return start(*arguments)
+
+    _posixsubprocess.fork_exec = fork_exec
