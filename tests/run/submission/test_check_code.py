@@ -102,6 +102,12 @@ def test_what_is_harmless_is_not_told_of():
     assert list(dangers(text)) == []
 
 
+@pytest.mark.parametrize("code", ["x = " + "(" * 300, "x = a" + ".b" * 9_000, "x = 1\0", "x = " + "-" * 90_000 + "1"])
+def test_a_script_that_no_parser_takes_is_found_and_no_crash(record: Path, code: str):
+    another_script(record, code)
+    assert "cannot be parsed" in found(record)["code.syntax"]
+
+
 def test_code_beside_the_script_is_read_too(record: Path):
     (record / "helper.py").write_text("import subprocess\n")
     (record / "run.sh").write_text("curl x\n")

@@ -122,7 +122,7 @@ def test_another_readme_gives_the_score_of_each_seed_and_no_more_is_asked(record
 def test_a_claim_to_beat_a_record(runs: list[Path], tmp_path: Path):
     """By the logs, the mean of the three runs is far below 9 nats and not below 1."""
     folder = tmp_path / "claims"
-    submit(runs, folder, replace(ABOUT, record_nats=9.0), artifacts=False)
+    submit(runs, folder, replace(ABOUT, record_nats=9.0), form="readable", artifacts=False)
     assert found(folder) == {}
     test = json.loads((folder / "submission.json").read_text())["record"]
     for key, value in (("gain", 8.0), ("p", 1e-12), ("t", -1.0), ("margin", 0.0), ("val_loss", 1.0)):
@@ -137,6 +137,29 @@ def test_a_claim_to_beat_a_record(runs: list[Path], tmp_path: Path):
 def test_our_readme_without_what_it_is_made_from_is_found_and_no_crash(record: Path, key: str):
     set_json(record, **{key: None})
     assert "log.readme" in found(record)
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"), [("val_bpb", "json.fields"), ("bytes_total", "size.counted"), ("val_loss_std", "json.spread")]
+)
+def test_an_integer_beyond_any_float_is_no_figure(record: Path, key: str, rule: str):
+    set_json(record, **{key: 10**400})
+    assert rule in found(record)
+
+
+def test_a_row_or_a_seed_that_is_no_number(record: Path):
+    """Digits that Python calls so and does not read, and more of them than it reads."""
+    set_json(record, seeds=None, seed_results={"²": {}})
+    change(record / "train_seed1.log", "\nseed: 1\n", f"\nseed: {'9' * 5000}\n")
+    change(record / "train_seed1.log", "artifact:", f"artifact:{'9' * 5000}")
+    findings = found(record)
+    assert "seeds is null" in findings["log.seeds"] and "artifact:999" in findings["log.figure"]
+
+
+@pytest.mark.parametrize("day", ["2026-04-01", "2026-04-01T23:59:59Z", "April 1, 2026", "1 Apr 2026", "2026/04/01"])
+def test_a_day_as_others_write_it(record: Path, day: str):
+    set_json(record, date=day)
+    assert "json.date" not in found(record)
 
 
 # -- folders of others -------------------------------------------------------------------------------------------------

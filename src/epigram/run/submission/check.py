@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from epigram.errors import UserError
-from epigram.run.submission.bundle import MARK
 from epigram.run.submission.conditions import probe
 from epigram.run.submission.execute import execute
 from epigram.run.submission.findings import ERROR, Finding
@@ -78,7 +77,7 @@ def _findings(record: Record, limits: Limits, against: Against | None, run_scrip
         message = "there is no artifact of ours in the folder, so its conditions were not probed"
         yield Finding(rule="condition.untested", message=message)
     if run_script and record.script is not None:
-        yield from execute(record, is_ours=f"\n{MARK} = " in record.script)
+        yield from execute(record, is_ours=record.has_our_script)
     elif record.script is not None:
         yield Finding(rule="run.untested", message="train_gpt.py was read and not run")
 

@@ -18,7 +18,7 @@ READABLE = "EPIGRAM_GUARD_READABLE"
 _NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto")
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn")
 _NATIVE = ("system", "popen", "execv", "execve", "execvp", "posix_spawn", "fork", "open", "fopen", "socket", "connect")
-_HARMLESS = ("git", "uname", "nvidia-smi", "ldconfig", "lscpu", "gcc", "cc", "c++", "g++", "ld", "objdump")
+_HARMLESS = ("uname", "nvidia-smi", "ldconfig", "lscpu", "gcc", "cc", "c++", "g++", "ld", "objdump")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys", "/dev", "/opt/rocm")
 
 
@@ -84,7 +84,10 @@ def _is_known(command: list[str], scoring: bool) -> bool:
     program = os.path.basename(command[0]) if command else ""
     if os.path.realpath(command[0] if command else "") == os.path.realpath(sys.executable):
         return not scoring and len(command) > 1 and os.path.realpath(command[1]) == os.path.realpath(sys.argv[0])
-    return program in _HARMLESS and not (program == "git" and not {"ls-files", "rev-parse", "status"} & set(command))
+    if program == "git":
+        words = command[3:] if command[1:2] == ["-C"] else command[1:]
+        return words[:1] in (["ls-files"], ["rev-parse"], ["status"])
+    return program in _HARMLESS
 
 
 def _guard_fork_exec(hook: Any) -> None:

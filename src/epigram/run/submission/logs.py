@@ -18,12 +18,15 @@ from epigram.run.report.summary import PREFERENCE
 _NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 _FINAL = re.compile(rf"^(final_\w+|\w+_exact)\b.*?val_loss:\s*{_NUMBER}\s+val_bpb:\s*{_NUMBER}", re.MULTILINE)
 _OURS = re.compile(r"^final_(times|bytes|calibration) (.*)$", re.MULTILINE)
-_STEP = re.compile(rf"^step:(\d+)/(\d+).*?train_time:{_NUMBER}ms", re.MULTILINE)
+_STEP = re.compile(rf"^step:(\d{{1,18}})/(\d+).*?train_time:{_NUMBER}ms", re.MULTILINE)
 _LOSS = re.compile(rf"^step:(\d+)/\d+ train_loss:{_NUMBER}", re.MULTILINE)
-_SEED = re.compile(r"\bseed\s*[:= ]\s*(\d+)", re.IGNORECASE)
-_SEED_LINE = re.compile(r"^seed:\s*(\d+)\s*$|^recipe .*, seed (\d+): [\d,]+ parameters$", re.MULTILINE)
+_SEED = re.compile(r"\bseed\s*[:= ]\s*(\d{1,18})\b", re.IGNORECASE)
+_SEED_LINE = re.compile(r"^seed:\s*(\d{1,18})\s*$|^recipe .*, seed (\d{1,18}): [\d,]+ parameters$", re.MULTILINE)
 _RECIPE = re.compile(r"^recipe as resolved:\n(.*?)^log:$", re.MULTILINE | re.DOTALL)
-_SCORE_OF_OURS = re.compile(r"^(?:final_(?:float|quantized)_\w+_exact\b|recipe as resolved:$)", re.MULTILINE)
+_LINE_OF_OURS = re.compile(
+    r"^(?:final_(?:float|quantized)_(?:blocks|sliding|streaming|adapted_\w+)_exact\b|recipe as resolved:$)",
+    re.MULTILINE,
+)
 _NO_NUMBER = re.compile(
     r"\b(?:train_time|eval_time):\s*[-+]?(?:nan|inf)\w*|"
     r"^(?:final_\w+|\w+_exact)\b.*?\b(?:val_loss|val_bpb):\s*[-+]?(?:nan|inf)\w*",
@@ -33,7 +36,8 @@ _TOTAL = re.compile(r"[Tt]otal submission size[^:\n]*:\s*([\d,]+)\s*bytes")
 _MODEL = re.compile(r"[Ss]erialized model (?:int|quant)[^:\n]*:\s*([\d,]+)\s*bytes")
 _CODE = re.compile(r"[Cc]ode size[^:\n]*:\s*([\d,]+)\s*bytes")
 _EVAL_MS = re.compile(rf"eval_time:\s*{_NUMBER}\s*ms")
-_NAME = re.compile(r"(?:^|_)seed_?(\d+)")
+_DIGITS = 18
+_NAME = re.compile(r"(?:^|_)seed_?(\d{1,18})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ def parse_log(text: str, name: str) -> LogFacts:
     steps = list(_STEP.finditer(text))
     scores = {m[1]: (float(m[2]), float(m[3])) for m in _FINAL.finditer(text)}
     ours = {m[1]: dict(word.partition(":")[::2] for word in m[2].split()) for m in _OURS.finditer(text)}
-    is_ours = bool(ours) or _SCORE_OF_OURS.search(text) is not None
+    is_ours = bool(ours) or _LINE_OF_OURS.search(text) is not None
     facts = _ours(ours) if is_ours else _theirs(text, steps)
     odd = [*_odd_scores(text, is_ours), *(_odd_words(ours) if is_ours else _odd_times(facts))]
     return LogFacts(
@@ -139,13 +143,13 @@ def _head(text: str) -> tuple[dict[str, Any] | None, dict[str, str]]:
     machine = {key: value for key, colon, value in lines if colon}
     try:
         return tomllib.loads(found[1]), machine
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or one that no recipe looks like
         return None, machine
 
 
 def _seed_of(recipe: Mapping[str, Any] | None) -> set[int]:
     seed = (recipe or {}).get("seed")
-    return {seed} if isinstance(seed, int) else set()
+    return {seed} if isinstance(seed, int) else set[int]()
 
 
 def _counting(scores: Mapping[str, tuple[float, float]], recipe: Mapping[str, Any] | None) -> str | None:
@@ -222,7 +226,7 @@ def _theirs(text: str, steps: list[re.Match[str]]) -> dict[str, object]:
 
 def _last_int(pattern: re.Pattern[str], text: str) -> int | None:
     found = pattern.findall(text)
-    return int(found[-1].replace(",", "")) if found else None
+    return _int(found[-1].replace(",", "")) if found else None
 
 
 def _float(text: str | None) -> float | None:
@@ -235,4 +239,9 @@ def _float(text: str | None) -> float | None:
 
 
 def _int(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else None
+    return int(text) if text is not None and is_count(text) else None
+
+
+def is_count(text: str) -> bool:
+    """Whether it is a whole number from 0 on, of up to 18 digits."""
+    return text.isascii() and text.isdigit() and len(text) <= _DIGITS

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from epigram.errors import UserError
-from epigram.run.submission.bundle import read_script
-from epigram.run.submission.logs import LogFacts, read_log
+from epigram.run.submission.bundle import MARK, read_script
+from epigram.run.submission.logs import LogFacts, is_count, read_log
 
 CODE = frozenset({".py", ".pyx", ".cu", ".cuh", ".c", ".cpp", ".h", ".so", ".sh", ".lzma", ".zip"})
 _LOGS = "train*.log"
@@ -32,6 +32,11 @@ class Record:
     def is_ours(self) -> bool:
         """Whether its runs were made by epigram."""
         return bool(self.logs) and all(log.is_ours for log in self.logs)
+
+    @property
+    def has_our_script(self) -> bool:
+        """Whether train_gpt.py says that it is one of ours."""
+        return self.script is not None and f"\n{MARK} = " in self.script
 
     @property
     def code(self) -> list[Path]:
@@ -72,7 +77,7 @@ class Record:
         if isinstance(named, list) and all(type(seed) is int for seed in named):
             return named
         rows = (self.json or {}).get("seed_results")
-        return [int(key) for key in rows if str(key).isdigit()] if isinstance(rows, dict) else []
+        return [int(key) for key in rows if is_count(key)] if isinstance(rows, dict) else []
 
     def artifact_bytes(self, log: LogFacts) -> int | None:
         """Of the seed of this log: as its file lies there, else as the log says."""
@@ -97,7 +102,7 @@ def read_record(folder: Path) -> Record:
             problem = str(error)
     artifacts = {}
     for path in sorted(folder.glob("model_seed*.epigram")):
-        if (seed := path.stem.removeprefix("model_seed")).isdigit():
+        if (seed := path.stem.removeprefix("model_seed")) and is_count(seed):
             artifacts[int(seed)] = path
     return Record(
         folder=folder,

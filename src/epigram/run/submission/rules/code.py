@@ -43,15 +43,19 @@ def code(record: Record) -> Iterator[Finding]:
     if said is not None and said != sha256_of(record.folder / _SCRIPT):
         yield Finding(rule="code.hash", message=f"code_sha256 of submission.json is not that of {_SCRIPT}")
     try:
-        files = unpacked(record.script)
-        texts = [record.script, *(text for name, text in (files or {}).items() if name.endswith(".py"))]
-        modules = {name for text in texts for name in imported(text)}
-    except (SyntaxError, ValueError, UserError, RecursionError) as error:
-        yield Finding(rule="code.syntax", message=f"{_SCRIPT} cannot be parsed: {error}")
-        return
-    yield from _findings(dangers(record.script), _SCRIPT)
+        yield from list(_script(record, record.script))
+    except (SyntaxError, ValueError, UserError, RecursionError, MemoryError) as error:
+        yield Finding(rule="code.syntax", message=f"{_SCRIPT} cannot be parsed: {error or type(error).__name__}")
+
+
+def _script(record: Record, script: str) -> Iterator[Finding]:
+    """Raises what Python does for a text that it cannot parse, or UserError where our form holds no files."""
+    files = unpacked(script)
+    texts = [script, *(text for name, text in (files or {}).items() if name.endswith(".py"))]
+    modules = {name for text in texts for name in imported(text)}
+    yield from _findings(dangers(script), _SCRIPT)
     if files is not None:
-        yield from _head(record.script)
+        yield from _head(script)
         yield from _package(files)
         yield from _recipe(record, files)
     elif record.is_ours:
@@ -103,7 +107,7 @@ def _other(name: str, text: str | None) -> Iterator[Finding]:
         if text is None:
             raise SyntaxError("no Python")
         yield from _findings(dangers(text), name)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield Finding(rule="code.hidden", message=f"{name} is code that was not read: {error}")
 
 

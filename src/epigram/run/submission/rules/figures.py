@@ -10,7 +10,7 @@ from typing import Any
 
 from epigram.run import statistics
 from epigram.run.submission.findings import Finding
-from epigram.run.submission.logs import LogFacts
+from epigram.run.submission.logs import LogFacts, is_count
 from epigram.run.submission.record import Record
 from epigram.run.submission.rules.measured import measured, seed_row
 from epigram.run.submission.rules.values import ROUNDED, agrees, figure, is_number
@@ -48,7 +48,7 @@ def _seeds(record: Record) -> Iterator[Finding]:
         message = f"submission.json lists seeds {sorted(listed)}, the logs are of {logged}"
         yield Finding(rule="log.seeds", message=message)
     rows = found.get("seed_results")
-    numbered = sorted(int(key) for key in rows if str(key).isdecimal()) if isinstance(rows, dict) else []
+    numbered = sorted(int(key) for key in rows if is_count(key)) if isinstance(rows, dict) else []
     if numbered and numbered != logged and listed != numbered:
         message = f"seed_results of submission.json has rows of seeds {numbered}, the logs are of {logged}"
         yield Finding(rule="log.seeds", message=message)

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 
 from epigram.run.submission.findings import Finding
 from epigram.run.submission.record import Record
 from epigram.run.submission.rules.values import is_number
+
+_WRITTEN = ("%Y/%m/%d", "%B %d, %Y", "%b %d, %Y", "%d %B %Y", "%d %b %Y")  # by others, besides YYYY-MM-DD
 
 FIELDS = ("author", "github_id", "name", "date", "val_bpb")
 
@@ -33,9 +36,16 @@ def files(record: Record) -> Iterator[Finding]:
 
 def _date_problem(said: object) -> str | None:
     """What is wrong with a date, or a date with a time after it."""
-    try:
-        day = date.fromisoformat(str(said)[:10])
-    except ValueError:
+    if (day := _day(str(said))) is None:
         return "is no day"
     tomorrow = datetime.now(UTC).date() + timedelta(days=1)  # it is tomorrow already somewhere
     return "has not come yet" if day > tomorrow else None
+
+
+def _day(text: str) -> date | None:
+    with suppress(ValueError):
+        return date.fromisoformat(text[:10])
+    for form in _WRITTEN:
+        with suppress(ValueError):
+            return datetime.strptime(text, form).date()
+    return None

@@ -45,7 +45,13 @@ def _says(text: str, value: float) -> bool:
 def _own(record: Record, text: str) -> Iterator[Finding]:
     try:
         expected = _written_again(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of fields that are not there, or of no use
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # of fields that are not there, or of no use
         why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         yield Finding(rule="log.readme", message=f"README.md cannot be compared with logs and submission.json: {why}")
         return
@@ -62,7 +68,7 @@ def _own(record: Record, text: str) -> Iterator[Finding]:
 
 
 def _written_again(record: Record) -> str:
-    """Raises KeyError, TypeError, ValueError or AttributeError where something that it takes is missing."""
+    """Raises KeyError, TypeError, ValueError, AttributeError or ArithmeticError for what is missing or of no use."""
     logs = sorted(record.logs, key=lambda log: log.seed or 0)
     config = parse_config(dict(logs[0].recipe or {}), logs[0].name)
     if any(None in (log.val_bpb, log.steps, record.artifact_bytes(log), log.artifact_bytes) for log in logs):

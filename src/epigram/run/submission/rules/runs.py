@@ -52,11 +52,11 @@ def _copies(record: Record) -> Iterator[Finding]:
 
 
 def _recipes(record: Record) -> Iterator[Finding]:
-    """One recipe for all; a log that `epigram submit` wrote says which."""
+    """One recipe for all; in a folder that `epigram submit` wrote every log says which."""
     first = next((log for log in record.logs if log.recipe is not None), None)
     for log in record.logs:
         if log.recipe is None:
-            if log.is_ours:
+            if log.is_ours and (first is not None or record.has_our_script):
                 yield Finding(rule="log.recipe", message=f"{log.name} says no recipe that can be read")
         elif first is not None and (keys := unlike(first.recipe or {}, log.recipe)):
             message = f"{log.name} is of another recipe than {first.name}, in {', '.join(keys)}"

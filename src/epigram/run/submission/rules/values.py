@@ -6,8 +6,13 @@ ROUNDED = 5e-5  # scores are often given with four digits
 
 
 def is_number(value: object) -> bool:
-    """A finite one: 1e999 is JSON, and infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one: 1e999 is JSON, and infinite; so is an integer of 400 digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def agrees(said: object, known: float, tolerance: float = 0.0) -> bool:
