@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from check_helpers import LIMITS, another_script, change, count_script, found
 
+from epigram.run.submission import guard
 from epigram.run.submission.check import check
 
 ENTRY = "    main(__file__)\n"
@@ -80,3 +81,21 @@ def test_a_script_of_ours_that_reads_at_scoring_what_it_must_not(record: Path, d
     findings = of_running(record)
     assert set(findings) == {"run.data", "run.process"}
     assert str(shard.resolve()) in findings["run.data"] and "train_seed1.log" in findings["run.data"]
+
+
+@pytest.mark.skipif(not guard.can_confine(), reason="this system has no Landlock")
+def test_native_code_is_kept_from_the_same_files(record: Path, data_path: Path):
+    """The reading of torch, of which Python's audit learns nothing, gets the artifact and no training shard."""
+    shard = next(data_path.glob("*train*.bin")).resolve()
+    at_entry(
+        record,
+        f"""    import torch
+    if '--score' not in sys.argv: main(__file__)
+    read = lambda path: torch.from_file(path, size=9, dtype=torch.uint8)
+    read(sys.argv[sys.argv.index('--score') + 1])
+    try: read({str(shard)!r})
+    except RuntimeError: sys.exit('refused')
+""",
+    )
+    findings = of_running(record)
+    assert set(findings) == {"run.train"} and findings["run.train"].endswith("refused")
