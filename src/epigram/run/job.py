@@ -236,13 +236,14 @@ def _score_adapting(
     size = config.score.batch_tokens
     if nothing := config.score.adapt.nothing_learned(len(data.stream("val")) - 1):
         record.log(f"warning: {nothing}")
+    start_s = time.perf_counter()
     try:
         row = score_split(
             losses, data, config.score.method("sliding"), context, batch_tokens=size, adaptation=adaptation
         )
     except OverTimeError as error:  # the run has its other scores; the limit is judged at its end
         record.log(f"warning: {error}")
-        record.update(adapt_stopped=str(error))
+        record.update(adapt_stopped=str(error), adapt_stopped_s=round(time.perf_counter() - start_s, 3))
         return
     record.score("quantized", adaptation.name, beside(row, rows["sliding"]))
 
