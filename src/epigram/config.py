@@ -121,7 +121,7 @@ class ArtifactConfig:
 
     code_bytes: bytes that a submission's code takes of the cap. tokenizer: carry the tokenizer, so that generation
     needs only this file. over_cap: what becomes of a run that comes out over the cap: "fail", or "shrink", which
-    multiplies quant.grid's sigma (or floor) by what makes it fit.
+    multiplies quant.grid's sigma (or floor) by what makes it fit, in what is left of the training time.
     """
 
     codec: str = "entropy"

@@ -47,6 +47,32 @@ def test_no_difference(shell, sides, tmp_path: Path):
     assert "No difference is shown" in shell("compare", *sides[0], "--against", *again).out
 
 
+def test_identical_runs_do_not_differ(shell, sides, tmp_path: Path):
+    """Nor do they want more seeds."""
+    again = [write_run(tmp_path / f"same-{seed}", seed, 1.8 + 0.01 * seed) for seed in (1, 2, 3)]
+    found = shell("compare", *sides[0], "--against", *again, "--json")
+    result = json.loads(found.out.splitlines()[-1])
+    assert result["sentence"] == "There is no difference: both sides have the same scores, as identical runs have."
+    assert (result["comparison"]["gain"], result["comparison"]["test"]) == (0.0, None)
+
+
+def test_a_difference_that_is_the_same_for_all_seeds(shell, sides, tmp_path: Path):
+    shifted = [write_run(tmp_path / f"shifted-{seed}", seed, 1.7 + 0.01 * seed) for seed in (1, 2, 3)]
+    said = shell("compare", *sides[0], "--against", *shifted).out
+    assert "the mean of RUN is 0.05882 bits per byte higher, but all seeds give the same difference" in said
+    assert "at least two seeds" not in said
+
+
+def test_equal_means_of_unequal_runs(shell, sides, tmp_path: Path):
+    """Neither lower nor higher, and not identical either."""
+    swapped = [write_run(tmp_path / f"swapped-{seed}", seed, 1.8 + 0.01 * (4 - seed)) for seed in (1, 2, 3)]
+    assert (
+        "No difference is shown: the means are equal (p = 0.5" in shell("compare", *sides[0], "--against", *swapped).out
+    )
+    one = shell("compare", sides[0][1], "--against", swapped[1]).out
+    assert "the means are equal, but one seed on a side has no spread; train each side with at least two seeds" in one
+
+
 def test_against_a_record(shell, sides):
     new, _ = sides  # mean 1.82, standard error 0.01 / sqrt(3)
     near, far = (json.loads(shell("compare", *new, "--record", n, "--json").out.splitlines()[-1]) for n in (1.84, 1.9))

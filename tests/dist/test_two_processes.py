@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -434,3 +435,41 @@ def test_a_signal_to_one_process_is_heeded_by_both(data_path: Path, tmp_path: Pa
     assert result_of(run)["status"] == (status or "finished")
     if status:
         assert "stopped by SIGTERM after step 4, whose checkpoint is complete" in result_of(run)["reason"]
+
+
+def test_documents_that_are_late_on_one_process_end_the_score_on_both(finished: Path, data_path: Path, tmp_path: Path):
+    """The second stops after its first chunk; the first, which reads on, hears of it when they add up."""
+    script = """
+        import sys
+        from pathlib import Path
+        from epigram.data.dataset import open_data
+        from epigram.dist.context import open_context
+        from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
+        from epigram.evaluation.windows import Method
+        from epigram.run.adapt import Adaptation, OverTimeError
+        from epigram.run.setup import scoring_losses
+        from epigram.run.weights import load_model
+
+        data = open_data(sys.argv[2])
+        with open_context("cpu") as context:
+            model = load_model(Path(sys.argv[1]), "cpu").gpt
+            lora = AdaptConfig(kind="lora", lora=LoraConfig(rank=2, chunk_tokens=16, num_documents=2))
+            adaptation = Adaptation(
+                config=lora, model=model, losses=scoring_losses(model, False, "auto", context), context=context,
+                bos_id=data.tokenizer.bos_id, limit_s=1e-4 if context.rank else 1e4,
+            )
+            try:
+                tokens = data.stream("val")[:501].copy()
+                tokens[::60] = data.tokenizer.bos_id
+                adaptation.score(
+                    tokens, data.tokenizer.byte_tables(),
+                    Method(name="sliding", seq_len=32, stride=16),
+                    batch_tokens=128, expected_bytes=None, byte_counts=None, progress=False,
+                )
+            except OverTimeError as error:
+                print("late:", error)
+    """
+    first, second = run_two(script, tmp_path, str(finished), str(data_path))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "late: another process would not be done" in first[1] and "raise score.adapt.lora.chunk_tokens" in first[1]
+    assert re.search(r"late: .* was stopped after .* 0.0 s of budget.score_s were left", second[1])

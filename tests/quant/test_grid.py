@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epigram.quant.grid import SEARCH_QUANTILES, Grid, gaussian_bits, row_quantiles, storable
+from epigram.quant.grid import SEARCH_QUANTILES, Grid, gaussian_bits, gaussian_step, row_quantiles, step_bits, storable
 from epigram.quant.report import code_entropy
 
 
@@ -111,3 +111,10 @@ def test_forecast_against_the_published_sizes() -> None:
 def test_entropy_of_codes_is_that_of_their_counts() -> None:
     codes = torch.tensor([[[0, 0, 1, 1]], [[3, 3, 3, 3]], [[-3, -1, 1, 3]]])
     assert code_entropy(codes, 3).tolist() == pytest.approx([1.0, 0.0, 2.0])
+
+
+@pytest.mark.parametrize("step", [0.01, 0.25, 0.9, 2.0, 6.0])
+def test_bits_of_a_step_and_the_step_of_bits(step: float) -> None:
+    """Against the forecast with a clip that no number reaches; a fine step costs what the density says."""
+    assert step_bits(step) == pytest.approx(gaussian_bits(step, math.ceil(20 / step)), abs=1e-3)
+    assert gaussian_step(step_bits(step)) == pytest.approx(step, rel=1e-6)

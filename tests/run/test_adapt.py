@@ -24,6 +24,7 @@ from epigram.run import adapt as module
 from epigram.run.adapt import Adaptation, OverTimeError, restored
 from epigram.run.adapt_probe import probe_adapted
 from epigram.run.export import over_budget
+from epigram.run.record import scoring_s
 from epigram.run.score import score_model
 from epigram.run.setup import scoring_losses
 from epigram.run.weights import load_model
@@ -118,10 +119,63 @@ def test_frozen_layers_keep_their_weights(adaptation: Adaptation, data: DataFold
 def test_what_is_over_its_time_is_stopped(adaptation: Adaptation, data: DataFolder) -> None:
     before = [p.clone() for p in adaptation.model.parameters()]
     with pytest.raises(
-        OverTimeError, match=r"adapted_\w+\) was stopped .* 0 s of budget.score_s are left: raise score"
+        OverTimeError, match=r"adapted_\w+\) was stopped .* 0.0 s of budget.score_s were left: raise score"
     ):
         score(replace(adaptation, limit_s=0.001), data)
     assert all(torch.equal(p, old) for p, old in zip(adaptation.model.parameters(), before, strict=True))
+
+
+@lora
+def test_documents_are_stopped_within_a_batch(adaptation: Adaptation, data: DataFolder, monkeypatch) -> None:
+    """A second a forward pass: after two of some twenty, of one batch, it is clear that 3.5 s will not do."""
+    now, model = [0.0], adaptation.model
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    nll, rows = model.nll, []
+
+    def slow(inputs, targets, **options):
+        if options["last"] is not None:
+            now[0] += 1
+            rows.append(len(inputs))
+        return nll(inputs, targets, **options)
+
+    monkeypatch.setattr(model, "nll", slow)
+    monkeypatch.setattr(LoraAdapter, "learn", lambda self, tokens, num_new: None)
+    with pytest.raises(OverTimeError, match=r"was stopped after 2.0 s, at \d+ %"):
+        score(replace(adaptation, limit_s=3.5), data)
+    stopped_at = len(rows)
+    rows.clear()
+    score(adaptation, data)
+    assert stopped_at == 2 and len(rows) > 15
+
+
+@both
+def test_what_cannot_be_done_in_time_is_not_begun(adaptation: Adaptation, data: DataFolder, monkeypatch) -> None:
+    """Windows of 32 by 16 read each token twice; documents in chunks of 16, here, about as often."""
+    monkeypatch.setattr(module, "restored", lambda *a, **k: pytest.fail("begun"))
+    for limit_s, plain_s in ((0.2, 3.0), (0.0, 0.0), (-1.0, 0.0)):
+        with pytest.raises(
+            OverTimeError, match=rf"not begun: .* {max(limit_s, 0):.1f} s of budget.score_s are left: r"
+        ):
+            score(replace(adaptation, limit_s=limit_s, plain_s=plain_s), data)
+    monkeypatch.undo()
+    assert score(replace(adaptation, limit_s=500.0, plain_s=100.0), data).tokens == 300
+
+
+@sgd
+def test_windows_are_read_once_as_they_were_without_adapting(adaptation: Adaptation) -> None:
+    late = replace(adaptation, limit_s=9.9, plain_s=10.0)
+    with pytest.raises(OverTimeError, match="take about 10.0 s, and 9.9 s"):
+        late._require_time(300, [], METHOD)
+    replace(late, limit_s=10.1)._require_time(300, [], METHOD)
+
+
+@lora
+def test_documents_are_read_as_often_as_their_chunks_say(adaptation: Adaptation) -> None:
+    """One of 64 tokens in chunks of 16: 16 + 32 + 32 + 32 = 112, where windows of 32 by 16 read 128."""
+    late = replace(adaptation, limit_s=1.11, plain_s=1.28)
+    with pytest.raises(OverTimeError, match="was not begun"):
+        late._require_time(64, [np.array([[0, 64]])], METHOD)
+    replace(late, limit_s=1.13)._require_time(64, [np.array([[0, 64]])], METHOD)
 
 
 def test_a_forecast_over_the_limit_ends_it_early(monkeypatch) -> None:
@@ -132,8 +186,17 @@ def test_a_forecast_over_the_limit_ends_it_early(monkeypatch) -> None:
         now[0] = seconds
         pace(share)
     now[0] = 62.0
-    with pytest.raises(OverTimeError, match="after 62.0 s, at 3 %: it would take 1129 s, and 600 s"):
+    with pytest.raises(OverTimeError, match="after 62.0 s, at 3 %: it would take 1129.0 s, and 600.0 s"):
         pace(0.03)
+    now[0] = 100.0
+    short_s = module._Pace(8.0, "lora", CONTEXT)  # two seconds are a quarter of it
+    for seconds, share in ((101.0, 0.1), (102.9, 0.12)):
+        now[0] = seconds
+        short_s(share)
+    now[0] = 103.1
+    with pytest.raises(OverTimeError, match=r"after 3.1 s, at 15 %: it would take 38.8 s, and 8.0 s of budget"):
+        short_s(0.15)
+    now[0] = 62.0
     enough = module._Pace(1200.0, "sgd", CONTEXT)
     for seconds, share in ((102.0, 0.01), (124.0, 0.03)):
         now[0] = seconds
@@ -162,6 +225,7 @@ def test_a_run_that_adapts(kind: str, data_path: Path, tmp_path: Path) -> None:
 
 def test_a_run_without_time_to_adapt_keeps_its_other_scores(data_path: Path, tmp_path: Path, monkeypatch) -> None:
     def late(self, *arguments, **options):
+        time.sleep(0.3)
         raise OverTimeError("no time was left")
 
     monkeypatch.setattr(Adaptation, "score", late)
@@ -169,6 +233,15 @@ def test_a_run_without_time_to_adapt_keeps_its_other_scores(data_path: Path, tmp
         train_run(data_path, tmp_path / "run", *SMALL, "score.adapt.kind=sgd", "budget.steps=2")
     result = result_of(tmp_path / "run")
     assert result["status"] == "finished" and "sliding" in result["scores"]["quantized"]
+    spent = scoring_s({"scores": result["scores"]})
+    assert 0.25 < result["adapt_stopped_s"] < 5 and scoring_s(result) == spent + result["adapt_stopped_s"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"score_s:{round(scoring_s(result), 3)}" in log, "time that was spent for nothing was spent"
+    config = short()
+    limit = replace(config.budget, score_s=spent + 0.1)
+    assert over_budget(replace(config, budget=limit), result) == [
+        f"scoring took {scoring_s(result):.1f} s of {spent + 0.1:.1f} s", "no time was left"
+    ]  # fmt: skip
 
 
 # -- settings -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The steps after training: calibrate, quantize, pack, read back, score; and what happens when a limit is exceeded."""
 
 import json
+import math
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -19,7 +21,7 @@ from epigram.dist.context import Context
 from epigram.errors import ArtifactError, UserError
 from epigram.quantized import QuantizedTensor
 from epigram.run import export, fit, job
-from epigram.run.export import calibration_batches, over_budget
+from epigram.run.export import calibration_batches, left_to_quantize_s, over_budget
 from epigram.run.job import OverBudgetError, export_job
 from epigram.run.weights import load_model
 
@@ -280,10 +282,29 @@ def test_one_that_fits_is_left_as_it_is(finished: Path, tmp_path: Path):
 
 def test_a_cap_that_no_step_can_keep(finished: Path, tmp_path: Path):
     """What floats and header take is not made smaller by coarser steps: the file is the configured one."""
-    with pytest.raises(OverBudgetError, match="over the cap of 3,000"):
+    why = r"with steps 16 times as wide it would still be [\d,]+ bytes over: shrink the model"
+    with pytest.raises(OverBudgetError, match=f"over the cap of 3,000: {why}") as error:
         export_run(finished, tmp_path / "out", "artifact.cap_bytes=3000", "artifact.over_cap=shrink")
+    assert "over_cap" not in str(error.value), "it is set"
     assert result_of(tmp_path / "out")["shrink_factor"] == 1
     assert not list((tmp_path / "out").glob("*.trial"))
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert re.search(f"warning: over the cap, and written as configured: {why}", log)
+    assert "files written" not in log
+
+
+def test_without_time_left_nothing_is_quantized_again(finished: Path, tmp_path: Path, monkeypatch):
+    cap = f"artifact.cap_bytes={int(0.9 * result_of(finished)['artifact_bytes'])}"
+    monkeypatch.setattr(job, "left_to_quantize_s", lambda config, result: 0.001)
+    monkeypatch.setattr(fit, "quantize_model", lambda *a: pytest.fail("the time was over"))
+    with pytest.raises(OverBudgetError, match=r": 0.0 s of budget.train_s were left, .*: raise budget.calibrate_s or"):
+        export_run(finished, tmp_path / "out", cap, "artifact.over_cap=shrink")
+    assert result_of(tmp_path / "out")["shrink_factor"] == 1
+
+
+def test_what_is_left_of_the_time_of_training():
+    assert left_to_quantize_s(short(*WALL), {**SPENT, "train_s": 45.5}) == pytest.approx(4.5)
+    assert left_to_quantize_s(short(), SPENT) == math.inf, "counted steps have no time limit"
 
 
 def test_a_floor_is_raised_where_it_sets_the_step(finished: Path, tmp_path: Path):

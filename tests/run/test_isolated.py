@@ -39,7 +39,7 @@ def test_a_run_learns_and_its_file_keeps_the_promise(run: Path, finished: Path, 
     result = score_model(run, str(data_path), methods=METHODS, device="cpu", with_probes=True)
     for method in METHODS:
         found = {finding["name"]: finding["passed"] for finding in result["probes"][method]}
-        assert found.pop("isolation") and all(found.values()) and len(found) == 5
+        assert found.pop("isolation") and all(found.values()) and len(found) == 6
 
 
 def test_a_document_scores_the_same_wherever_it_stands(run: Path, data: DataFolder) -> None:

@@ -20,7 +20,7 @@ from epigram.kernels.front import smear
 from epigram.model import gpt
 from epigram.model.cache import Cache
 from epigram.model.gpt import GPT
-from epigram.run import choices
+from epigram.run import choices, setup
 from epigram.run import probe as module
 from epigram.run import score as score_module
 from epigram.run.probe import ProbeError, check, probe
@@ -81,7 +81,7 @@ def wrapped(losses: Losses, change) -> Losses:
 def test_an_honest_score_passes(model: GPT, data: DataFolder, name: str) -> None:
     found = probed(honest(model), data, name)
     assert [finding.detail for finding in found.values() if not finding.passed] == []
-    assert len(found) == 5
+    assert len(found) == 6
     check({name: list(found.values())})
 
 
@@ -89,7 +89,7 @@ def test_an_honest_score_passes(model: GPT, data: DataFolder, name: str) -> None
 def test_isolated_documents_pass(isolated: GPT, data: DataFolder, name: str) -> None:
     found = probed(honest(isolated), data, name, isolated=True)
     assert [finding.detail for finding in found.values() if not finding.passed] == []
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -143,22 +143,56 @@ def test_a_cache_that_leaks_between_documents_is_caught(isolated: GPT, data: Dat
 def test_a_model_that_sees_the_next_token_is_caught(model: GPT, data: DataFolder, name: str) -> None:
     """Attention with a mask that is one position too wide."""
 
-    def leaky(q, k, v, window):
-        before = k.shape[1] - q.shape[1]
-        groups = q.shape[2] // k.shape[2]
-        keys, values = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
-        place = torch.arange(before, k.shape[1])[:, None] + 1
-        return torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=torch.arange(k.shape[1]) <= place
-        ).transpose(1, 2)
-
-    model.attend = model.attend_window = leaky
+    model.attend = model.attend_window = one_ahead
     losses = honest(model)
 
     def stream(how):
-        return partial(model.nll, cache=Cache(model.config, how.seq_len, attend=leaky))
+        return partial(model.nll, cache=Cache(model.config, how.seq_len, attend=one_ahead))
 
     assert "causality" in failed(replace(losses, stream=stream), data, name)
+
+
+def one_ahead(q, k, v, window):
+    """Attention that sees everything before it and the next position."""
+    before, groups = k.shape[1] - q.shape[1], q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
+    seen = torch.arange(k.shape[1]) <= torch.arange(before, k.shape[1])[:, None] + 1
+    return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen).transpose(
+        1, 2
+    )
+
+
+def ahead(x: torch.Tensor) -> torch.Tensor:
+    """(B, T, ...) one position further on, zeros at the end."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("through", ["bigram", "smear", "one windowed layer", "the last state"])
+def test_a_model_that_sees_just_the_token_it_foretells_is_caught(
+    model: GPT, data: DataFolder, through: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One position too far and no further, by one way alone (parameter-golf #770 for the bigram table)."""
+    if through == "bigram":
+        buckets = model.bigram.buckets
+        monkeypatch.setattr(model.bigram, "buckets", lambda tokens, before: buckets(ahead(tokens), before))
+    elif through == "smear":
+        embed = model._embed
+        monkeypatch.setattr(model, "_embed", lambda *args: (lambda x: x + 0.05 * ahead(x))(embed(*args)))
+    elif through == "the last state":
+        forward = model.forward
+
+        def peeking(tokens, *args, **settings):
+            x = forward(tokens, *args, **settings)
+            return x + 0.1 * ahead(model.embed[tokens])[:, -x.shape[1] :]
+
+        monkeypatch.setattr(model, "forward", peeking)
+    elif name == "streaming":  # whose windowed layers have attention of their own
+        monkeypatch.setattr(setup, "stream_attention", lambda *_: (one_ahead, ""))
+    else:
+        model.attend_window = one_ahead
+        assert len(model.config.window_layers) == 1
+    assert "own token unseen" in failed(honest(model), data, name)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -291,10 +325,10 @@ def test_what_fails_is_named() -> None:
 
 def test_the_command_probes_before_it_scores(finished: Path, data_path: Path, capsys) -> None:
     result = score_model(finished, str(data_path), methods=("blocks",), device="cpu", with_probes=True)
-    assert [finding["passed"] for finding in result["probes"]["blocks"]] == [True] * 5
+    assert [finding["passed"] for finding in result["probes"]["blocks"]] == [True] * 6
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("probe blocks, ") and ": passed: " in line for line in lines[:5]) == 5
-    assert lines[5].startswith("final_blocks_exact")
+    assert sum(line.startswith("probe blocks, ") and ": passed: " in line for line in lines[:6]) == 6
+    assert lines[6].startswith("final_blocks_exact")
 
 
 def test_on_a_cpu_probes_are_given_few_tokens_at_a_time(

@@ -8,7 +8,7 @@ Source: parameter-golf #1530.
 Legend: B documents side by side, T tokens of each that a forward reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -74,14 +74,19 @@ def document_parts(
 ) -> Iterator[Part]:
     """The losses of `batches`, a rank's share, chunk after chunk; what goes on is learned when its losses are out.
 
-    filler: what rows read behind the end of their documents, a token that begins none: attention keeps so many apart.
+    pace: is told after each chunk, when it is learned, what share of the `work` is done. filler: what rows read behind
+    the end of their documents, a token that begins none: attention keeps so many apart.
     """
     total, done = sum(work(batch, config, seq_len) for batch in batches), 0
-    for batch in batches:
-        yield from _read(nll, tokens, batch, adapter, config.chunk_tokens, seq_len, device, filler)
-        done += work(batch, config, seq_len)
+
+    def advance(num_read: int) -> None:
+        nonlocal done
+        done += num_read
         if pace is not None:
             pace(done / total)
+
+    for batch in batches:
+        yield from _read(nll, tokens, batch, adapter, config.chunk_tokens, seq_len, device, filler, advance)
 
 
 def work(batch: NDArray[np.int64], config: LoraConfig, seq_len: int) -> int:
@@ -101,6 +106,7 @@ def _read(
     seq_len: int,
     device: torch.device,
     filler: int,
+    advance: Callable[[int], None],
 ) -> Iterator[Part]:
     start, lengths = batch[:, 0], batch[:, 1] - batch[:, 0]
     adapter.begin(len(batch))
@@ -120,3 +126,4 @@ def _read(
         yield Part(losses, scored, start[:rows] + begin, int(count.sum()))
         if going := int((lengths > end).sum()):
             adapter.learn(window[:going].copy(), chunk)
+        advance(inputs.size)

@@ -23,6 +23,10 @@ Tokens = NDArray[np.uint16]
 TokenScores = Callable[[Tokens], NDArray[np.float32]]
 """(n + 1,) tokens to the nats (n,) of all but the first."""
 
+Misread = Callable[[Tokens, int, int], NDArray[np.float32]]
+"""(n + 1,) tokens, a place, and a token that is not among them: the nats (n,) where the model reads that one at the
+place, instead of the token that is there and that is scored."""
+
 Alternatives = Callable[[Tokens], NDArray[np.float64]]
 """(n,) tokens to the nats (V,) that each token of the vocabulary would cost as the next one."""
 
@@ -58,6 +62,32 @@ def causality(score: TokenScores, tokens: Tokens, changed: Sequence[int], vocab_
         if not shows:
             return Finding("causality", False, f"token {place} costs the same whatever it is: it is not scored")
     return Finding("causality", True, f"{len(changed)} changed tokens of {len(tokens):,} change nothing before them")
+
+
+def own_token(score: TokenScores, misread: Misread, tokens: Tokens, places: Sequence[int], vocab_size: int) -> Finding:
+    """Reading another token at t than the one that is scored there changes no score up to t's own; to the last bit.
+
+    What `causality` cannot see: a model that sees one position too far, and no further, sees just what it is to
+    foretell, and changing that token may change its score.
+    """
+    text, absent = without_one(tokens, vocab_size)
+    before = score(text)
+    for place in places:
+        after = misread(text, place, absent)
+        if len(wrong := np.flatnonzero(after[:place] != before[:place])):
+            words = f"reading another token {place} than is scored there changes {_worst(before, after, wrong)}"
+            return Finding("own token unseen", False, words)
+    return Finding("own token unseen", True, f"{len(places)} tokens cost what they cost when others are read there")
+
+
+def without_one(tokens: Tokens, vocab_size: int) -> tuple[Tokens, int]:
+    """The tokens with one of the vocabulary replaced by another, and that one, which they now lack.
+
+    It is the rarest of the upper half: the lower has the ids that mean more than text.
+    """
+    half = vocab_size // 2
+    absent = half + int(np.argmin(np.bincount(tokens, minlength=vocab_size)[half:]))
+    return np.where(tokens == absent, absent - 1, tokens).astype(tokens.dtype), absent
 
 
 def isolation(score: TokenScores, tokens: Tokens, bos_id: int, vocab_size: int, most: int) -> Finding:

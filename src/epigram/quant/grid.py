@@ -26,6 +26,7 @@ SEARCH_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 TABLE_QUANTILE = 0.9999984
 CLIP_POLICIES = ("search", "max", "sigma")
 _SMALLEST_HALF = 2.0**-24  # the least positive float16; a step below it would be stored as zero
+_FINE_STEP = 0.1  # in standard deviations: up to here the entropy is that of the density, to 0.001 bits
 _SMALLEST_NORMAL_HALF = 2.0**-14
 _LARGEST_HALF = 65504.0
 
@@ -166,3 +167,23 @@ def gaussian_bits(step: float, qmax: int) -> float:
     cdf = [0.0, *(0.5 * (1 + math.erf(edge)) for edge in edges), 1.0]
     masses = (high - low for low, high in itertools.pairwise(cdf))
     return -sum(mass * math.log2(mass) for mass in masses if mass > 0)
+
+
+def step_bits(step: float) -> float:
+    """`gaussian_bits` of codes without a clip, for any step > 0: log2(sqrt(2 pi e) / step) while that is fine."""
+    if step <= _FINE_STEP:
+        return math.log2(math.sqrt(2 * math.pi * math.e) / step)
+    return gaussian_bits(step, math.ceil(9 / step))  # beyond nine deviations there is nothing
+
+
+def gaussian_step(bits: float) -> float:
+    """The step at which the codes of a standard normal number, without a clip, have so many `bits` > 0: the inverse of
+    `step_bits`, by bisection where the step is coarse."""
+    fine = math.sqrt(2 * math.pi * math.e) / 2**bits
+    if fine <= _FINE_STEP:
+        return fine
+    low, high = _FINE_STEP, 20.0
+    for _ in range(30):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if step_bits(middle) > bits else (low, middle)
+    return low

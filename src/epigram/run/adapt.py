@@ -24,7 +24,7 @@ from epigram.errors import UserError
 from epigram.evaluation.adapt import SgdAdapter
 from epigram.evaluation.adapt_config import AdaptConfig, adapted
 from epigram.evaluation.bpb import Score, check_bytes
-from epigram.evaluation.documents import document_batches, document_parts, find_documents
+from epigram.evaluation.documents import document_batches, document_parts, find_documents, work
 from epigram.evaluation.lora import LoraAdapter
 from epigram.evaluation.passes import Part
 from epigram.evaluation.scorer import Pace, as_score, score, sum_losses, token_nlls
@@ -35,7 +35,7 @@ from epigram.progress import Progress
 from epigram.run.choices import attention_for_eager
 from epigram.run.setup import Losses
 
-_SURE_S = 20.0  # of work, after which a forecast of the rest is believed
+_SURE_S = 20.0  # of work, after which a forecast of the rest is believed; a quarter of the limit, where that is less
 _FASTER = {
     "sgd": "raise score.stride, lower score.adapt.sgd.epochs, or score on more processes",
     "lora": "raise score.adapt.lora.chunk_tokens, name fewer score.adapt.lora.targets, or score on more processes",
@@ -48,7 +48,8 @@ class OverTimeError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """How a model is scored while it learns. losses: its own. bos_id: begins documents. limit_s: of the whole score."""
+    """How a model is scored while it learns. losses: its own. bos_id: begins documents. limit_s: of the whole score.
+    plain_s: what the score of the same text by sliding windows took, 0 where that is not known."""
 
     config: AdaptConfig
     model: GPT
@@ -56,6 +57,7 @@ class Adaptation:
     context: Context
     bos_id: int
     limit_s: float = math.inf
+    plain_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.config.kind != "none"
@@ -88,6 +90,8 @@ class Adaptation:
         """As `epigram.evaluation.scorer.score`. method: gives windows and stride of sgd; lora reads documents, in
         windows of its seq_len. Raises OverTimeError, on every process, when limit_s will not do."""
         c, is_sgd = self.context, self.config.kind == "sgd"
+        batches = [] if is_sgd else self._batches(tokens, method, batch_tokens)
+        self._require_time(len(tokens) - 1, batches, method)
         pace = _Pace(self.limit_s, self.config.kind, c)
         if is_sgd:
             with restored(self.model, trains=True):
@@ -99,7 +103,7 @@ class Adaptation:
                     adapter=self._sgd(method), chunk_tokens=self.config.sgd.chunk_tokens, pace=pace,
                 )  # fmt: skip
         all_bytes = check_bytes(tokens, tables, expected_bytes, byte_counts)
-        batches = self._batches(tokens, method, batch_tokens)[c.rank :: c.world_size]
+        batches = batches[c.rank :: c.world_size]
         total, late = sum(int((batch[:, 1] - batch[:, 0]).sum()) for batch in batches), None
         sums = torch.zeros(4, dtype=torch.float64)
         shown = Progress(f"score {self.name}", total, "tokens", shown=progress)
@@ -114,7 +118,10 @@ class Adaptation:
         if c.world_size > 1:
             sums = collectives.summed(c, sums)
         if sums[3]:
-            raise late or OverTimeError("another process would not be done within the scoring time")
+            raise late or OverTimeError(
+                f"another process would not be done with the score of a model that adapts ({self.name}) in time: "
+                f"{_advice(self.config.kind)}"
+            )
         return as_score(sums[:3], (len(tokens) - 1, all_bytes))
 
     def nats(self, tokens: NDArray[np.uint16], method: Method, batch_tokens: int) -> NDArray[np.float32]:
@@ -133,6 +140,21 @@ class Adaptation:
                 np.add.at(times, targets, 1)
         assert np.all(times == 1), "every token must be scored once"
         return found
+
+    def _require_time(self, num_targets: int, batches: list[NDArray[np.int64]], method: Method) -> None:
+        """Raise OverTimeError, on every process, where reading alone would take longer than there is, at the speed of
+        the score by sliding windows: learning takes several times as long again."""
+        read = 1.0  # of the tokens that sliding windows read
+        if self.config.kind == "lora":
+            num_read = sum(work(batch, self.config.lora, method.seq_len) for batch in batches)
+            read = num_read / (num_targets * method.seq_len / method.stride)
+        least_s = read * self.plain_s
+        if self.limit_s <= 0 or least_s > self.limit_s:
+            raise OverTimeError(
+                f"the score of a model that adapts ({self.name}) was not begun: to read the text without learning "
+                f"would take about {least_s:.1f} s, and {max(self.limit_s, 0.0):.1f} s of budget.score_s are left: "
+                f"{_advice(self.config.kind)}"
+            )
 
     def _sgd(self, method: Method, alone: bool = False) -> SgdAdapter:
         c, loss = self.context, self.losses.learning
@@ -191,10 +213,15 @@ def restored(model: torch.nn.Module, *, trains: bool) -> Iterator[None]:
                 parameter.grad = grad
 
 
+def _advice(kind: str) -> str:
+    return f"{_FASTER[kind]}; or set score.adapt.kind=none"
+
+
 class _Pace:
     """Ends a score that is over its time, or will be at the speed it has had since the first call.
 
-    Processes that learn together ask rank 0's clock, and all end at the same chunk; others have their own.
+    Processes that learn together ask rank 0's clock, and all end at the same chunk; others have their own, and say so
+    when they add up.
     """
 
     def __init__(self, limit_s: float, kind: str, context: Context) -> None:
@@ -210,14 +237,14 @@ class _Pace:
             elapsed_s = collectives.from_main(self._context, elapsed_s)
         self._first = self._first or (elapsed_s, share)
         first_s, first = self._first
-        expected_s = elapsed_s
-        if elapsed_s - first_s >= _SURE_S:
+        expected_s, would = elapsed_s, ""
+        if share > first and elapsed_s - first_s >= min(_SURE_S, self._limit_s / 4):
             expected_s += (1 - share) * (elapsed_s - first_s) / (share - first)
+            would = f"it would take {expected_s:.1f} s, and "
         if expected_s > self._limit_s:
             raise OverTimeError(
                 f"the score of a model that adapts ({adapted(self._kind)}) was stopped after {elapsed_s:.1f} s, at "
-                f"{100 * share:.0f} %: it would take {expected_s:.0f} s, and {self._limit_s:.0f} s of budget.score_s "
-                f"are left: {_FASTER[self._kind]}; or set score.adapt.kind=none"
+                f"{100 * share:.0f} %: {would}{self._limit_s:.1f} s of budget.score_s were left: {_advice(self._kind)}"
             )
 
 

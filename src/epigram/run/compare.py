@@ -127,21 +127,28 @@ def _mixed(side: str, runs: Sequence[Scored]) -> list[str]:
 
 def _verdict(result: Comparison, unit: str, alpha: float) -> str:
     size = f"{abs(result.gain):.5f} {unit}"
-    side = "lower" if result.gain >= 0 else "higher"
+    means = f"the mean of RUN is {size} {'lower' if result.gain > 0 else 'higher'}"
+    if abs(result.gain) <= statistics.ROUNDING:
+        means = "the means are equal"
     if result.p is None or result.p_worse is None or result.interval is None:
-        return (
-            f"No winner is called: the mean of RUN is {size} {side}, but {result.reason}; "
-            "train each side with at least two seeds of its own."
-        )
+        return _untested(result, means)
     spread = f"{result.interval[0]:+.5f} to {result.interval[1]:+.5f}"
     how = f"{result.test} t-test, gain within {spread} at {statistics.CONFIDENCE:.0%} confidence"
     if result.p < alpha:
         return f"RUN is better by {size} (p = {result.p:.2g}, {how})."
     if result.p_worse < alpha:
         return f"RUN is worse by {size} (p = {result.p_worse:.2g}, {how})."
+    return f"No difference is shown: {means} (p = {min(result.p, result.p_worse):.2g}, {how}); more seeds would tell."
+
+
+def _untested(result: Comparison, means: str) -> str:
+    if result.reason != statistics.NO_SPREAD:
+        return f"No winner is called: {means}, but {result.reason}; train each side with at least two seeds of its own."
+    if abs(result.gain) <= statistics.ROUNDING:
+        return "There is no difference: both sides have the same scores, as identical runs have."
     return (
-        f"No difference is shown: the mean of RUN is {size} {side} (p = {min(result.p, result.p_worse):.2g}, {how}); "
-        "more seeds would tell."
+        f"No winner is called: {means}, but {result.reason}. Several seeds do not differ like that: see whether each "
+        "run was trained with the seed that it names."
     )
 
 

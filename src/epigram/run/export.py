@@ -3,6 +3,7 @@
 Calibration and quantization belong to the training budget; packing and scoring have their own limits.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from epigram.quant.report import QuantReport
 from epigram.run.api import silent_ids
 from epigram.run.choices import attention_for_eager
 from epigram.run.fit import cap_check
+from epigram.run.record import scoring_s
 
 BATCH_TOKENS = 65_536  # of a calibration forward
 _SELF_BATCH = 64  # sequences that the model writes at once
@@ -116,24 +118,34 @@ def _own_text(model: GPT, data: DataFolder, settings: CalibrationConfig, context
         yield torch.cat(list(sample_batch(model, count, settings.seq_len, sampling, banned=banned)), dim=1)
 
 
+def left_to_quantize_s(config: Config, result: dict[str, Any]) -> float:
+    """Seconds of the training budget that training, calibration and quantization left; without end where the clock
+    is not the wall's."""
+    if config.budget.clock != "wall":
+        return math.inf
+    return config.budget.train_s - (result["train_s"] + result["calibrate_s"] + result["quantize_s"])
+
+
 def over_budget(config: Config, result: dict[str, Any]) -> list[str]:
     """What a finished run exceeded, in sentences; empty when it kept to all its limits."""
     found = []
-    spent_s = result["train_s"] + result["calibrate_s"] + result["quantize_s"]
-    if config.budget.clock == "wall" and spent_s > config.budget.train_s:
+    if (left_s := left_to_quantize_s(config, result)) < 0:
         found.append(
-            f"training, calibration and quantization took {spent_s:.1f} s of {config.budget.train_s:.1f} s: "
-            "raise budget.calibrate_s or lower quant.calibration.num_windows"
+            f"training, calibration and quantization took {config.budget.train_s - left_s:.1f} s of "
+            f"{config.budget.train_s:.1f} s: raise budget.calibrate_s or lower quant.calibration.num_windows"
         )
     check = cap_check(config, result["total_bytes"] - config.artifact.code_bytes)
     if not check.fits:
-        found.append(
-            f"artifact and code take too many bytes: {check}: raise quant.grid.sigma or let it be raised "
-            '(artifact.over_cap = "shrink"), shrink the model, or export with another codec'
+        advice = (
+            'raise quant.grid.sigma or let it be raised (artifact.over_cap = "shrink"), shrink the model, or export '
+            "with another codec"
         )
-    scored_s = sum(row["score_s"] for row in result.get("scores", {}).get("quantized", {}).values())
+        found.append(f"artifact and code take too many bytes: {check}: {result.get('not_shrunk', advice)}")
+    scored_s, stopped = scoring_s(result), result.get("adapt_stopped")
     if scored_s > config.budget.score_s:
-        found.append(f"scoring took {scored_s:.1f} s of {config.budget.score_s:.1f} s: raise score.stride")
-    if stopped := result.get("adapt_stopped"):
+        without_it_s = scored_s - result.get("adapt_stopped_s", 0.0)
+        advice = ": raise score.stride" if without_it_s > config.budget.score_s else ""  # else the next line has one
+        found.append(f"scoring took {scored_s:.1f} s of {config.budget.score_s:.1f} s{advice}")
+    if stopped:
         found.append(stopped)
     return found

@@ -19,7 +19,7 @@ from epigram.optim.base import restore
 from epigram.run import checkpoint
 from epigram.run.adapt import OverTimeError, beside
 from epigram.run.budget import timed
-from epigram.run.export import Quantized, over_budget, quantize
+from epigram.run.export import Quantized, left_to_quantize_s, over_budget, quantize
 from epigram.run.fit import pack_to_fit
 from epigram.run.machine import computing, environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord, check_new
@@ -201,8 +201,13 @@ def _pack(path: Path, config: Config, model: GPT, quantized: Quantized, data: Da
             data.tokenizer,
             quantized.source.to_dict(),
             data.transform,
+            first_s=quantized.quantize_s,
+            left_s=left_to_quantize_s(config, record.result),
         )
-    if packed.trials > 1:
+    if packed.not_shrunk:
+        record.log(f"warning: over the cap, and written as configured: {packed.not_shrunk}")
+        record.update(not_shrunk=packed.not_shrunk)
+    elif packed.trials > 1:
         record.log(f"over the cap as configured: steps times {packed.factor:.4f}, {packed.trials} files written")
     sizes = packed.sizes
     record.update(
@@ -231,13 +236,14 @@ def _score_adapting(
     size = config.score.batch_tokens
     if nothing := config.score.adapt.nothing_learned(len(data.stream("val")) - 1):
         record.log(f"warning: {nothing}")
+    start_s = time.perf_counter()
     try:
         row = score_split(
             losses, data, config.score.method("sliding"), context, batch_tokens=size, adaptation=adaptation
         )
     except OverTimeError as error:  # the run has its other scores; the limit is judged at its end
         record.log(f"warning: {error}")
-        record.update(adapt_stopped=str(error))
+        record.update(adapt_stopped=str(error), adapt_stopped_s=round(time.perf_counter() - start_s, 3))
         return
     record.score("quantized", adaptation.name, beside(row, rows["sliding"]))
 

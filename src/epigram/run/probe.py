@@ -1,10 +1,13 @@
 """Puts the probes of `epigram.evaluation.probes` to a model and the beginning of a split, method by method."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from epigram.byte_tables import ByteTables
 from epigram.data.dataset import DataFolder
@@ -48,6 +51,24 @@ class Subject:
         return token_nlls(
             self.losses.of(self.method), tokens, self.method, device=self.device, batch_tokens=self.batch_tokens
         )
+
+    def misread(self, tokens: NDArray[np.uint16], place: int, absent: int) -> NDArray[np.float32]:
+        """The same where the model reads token `absent`, which is not among them, at `place`, and what is there is
+        scored."""
+        true = int(tokens[place])
+
+        def with_target(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(inputs: Tensor, targets: Tensor, **settings: Any) -> Tensor:
+                return loss(inputs, torch.where(targets == absent, true, targets), **settings)
+
+            return call
+
+        losses = Losses(
+            windows=with_target(self.losses.windows), stream=lambda method: with_target(self.losses.stream(method))
+        )
+        read = tokens.copy()
+        read[place] = absent
+        return replace(self, losses=losses).nats(read)
 
     def alternatives(self, context: NDArray[np.uint16]) -> NDArray[np.float64]:
         """What each token costs after `context`, (V,): as many rows, each with another last target."""
@@ -111,8 +132,7 @@ def probe(
     )
     length = method.plan(1 << 30).length  # of a window, or a segment
     tokens = data.stream(split)[: 3 * length + length // 3 + 2]
-    # A place in the first window, one in the last, and at the seams between.
-    places = np.unique(np.linspace(2, len(tokens) - 1, _CHANGED).astype(int)).tolist()
+    places = _places(method, len(tokens))
     some = [tokens[: min(count, len(tokens) - 1)] for count in _CONTEXTS]
     counted = [
         _once(subject, tokens),
@@ -124,6 +144,7 @@ def probe(
         return counted
     found = [
         probes.causality(subject.nats, tokens, places, tokenizer.vocab_size),
+        probes.own_token(subject.nats, subject.misread, tokens, places, tokenizer.vocab_size),
         probes.normalisation(subject.alternatives, some, _NORMAL.get(dtype, 1e-3)),
         *counted,
         probes.sameness(_ways(subject, tokens), _SAME.get(dtype, 5e-4)),
@@ -157,6 +178,16 @@ def check(findings: dict[str, list[Finding]]) -> None:
     failed = [f"{method}: {f.name}: {f.detail}" for method, found in findings.items() for f in found if not f.passed]
     if failed:
         raise ProbeError("do not believe this score: " + "; ".join(failed))
+
+
+def _places(method: Method, num_tokens: int) -> list[int]:
+    """Tokens to change: near both ends, in the midst, and on both sides of a seam between windows, or between chunks
+    and between segments."""
+    plan = method.plan(1 << 30)
+    seams = [plan.length] if not method.is_streaming else [method.streaming.chunk_tokens, plan.length]
+    near = {seam + side for seam in seams for side in (-1, 0, 1)}
+    spread = np.linspace(2, num_tokens - 1, _CHANGED).astype(int).tolist()
+    return sorted(place for place in near.union(spread) if 1 <= place < num_tokens)
 
 
 def _small(method: Method) -> Method:

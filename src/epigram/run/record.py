@@ -230,6 +230,12 @@ def num_steps(budget: Mapping[str, Any], step: int, elapsed_s: float) -> int:
     return max(limit or step, step)
 
 
+def scoring_s(result: Mapping[str, Any]) -> float:
+    """Seconds that scoring the file took, one that was stopped included."""
+    rows = result.get("scores", {}).get("quantized", {}).values()
+    return float(sum(row["score_s"] for row in rows) + result.get("adapt_stopped_s", 0.0))
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

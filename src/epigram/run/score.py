@@ -176,7 +176,8 @@ def adaptation_after(
     data: DataFolder,
     context: Context,
 ) -> Adaptation:
-    """How the model is scored while it learns, in what the scores in `rows` have left of limit_s, by rank 0's clock."""
+    """How the model is scored while it learns, in what the scores in `rows`, sliding among them, have left of limit_s,
+    by rank 0's clock."""
     left_s = limit_s - sum(row["score_s"] for row in rows.values())
     return Adaptation(
         config=config,
@@ -185,6 +186,7 @@ def adaptation_after(
         context=context,
         bos_id=data.tokenizer.bos_id,
         limit_s=collectives.from_main(context, left_s),
+        plain_s=collectives.from_main(context, rows["sliding"]["score_s"]),
     )
 
 

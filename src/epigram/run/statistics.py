@@ -16,6 +16,8 @@ import mpmath
 RECORD_NATS = 0.005
 RECORD_P = 0.01
 CONFIDENCE = 0.95
+NO_SPREAD = "all seeds give the same difference: without spread there is nothing to test"
+ROUNDING = 1e-12  # of the mean of equal scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +112,8 @@ def compare_with_number(ours: Sequence[float], number: float, margin: float = 0.
 
 
 def _test(test: str, gain: float, margin: float, standard_error: float, df: float) -> Comparison:
-    if standard_error <= 1e-12:  # rounding of equal scores: runs that are copies, not samples
-        reason = "all seeds give the same difference: without spread there is nothing to test"
-        return Comparison(gain=gain, margin=margin, test=None, reason=reason)
+    if standard_error <= ROUNDING:  # runs that are copies, not samples
+        return Comparison(gain=gain, margin=margin, test=None, reason=NO_SPREAD)
     t = (gain - margin) / standard_error
     half = t_quantile((1 - CONFIDENCE) / 2, df) * standard_error
     return Comparison(

@@ -9,7 +9,7 @@ from typing import Any
 from epigram.artifact.size import CapCheck
 from epigram.data.dataset import DataFolder
 from epigram.evaluation.compressors import MAX_PRIMER_BYTES, MAX_TEXT_BYTES, compare_compressors
-from epigram.run.record import RunRecord
+from epigram.run.record import RunRecord, scoring_s
 
 COSTLY_BPB = 0.02
 """Bits per byte of which rounding may not take more without a word. Recipes whose rounding was looked at lose 0.0015 to
@@ -74,7 +74,7 @@ def rounding_warning(result: Mapping[str, Any], run: Path) -> str | None:
 
 def stable_lines(result: dict[str, Any]) -> list[str]:
     """What a program may read from a log at its end: times in seconds, bytes, and where the calibration came from."""
-    score_s = sum(row["score_s"] for row in result["scores"].get("quantized", {}).values())
+    score_s = scoring_s(result)
     times = {key: result[key] for key in ("train_s", "calibrate_s", "quantize_s", "pack_s")}
     sizes = {key: result[f"{key}_bytes"] for key in ("artifact", "code", "total", "cap")}
     return [

@@ -171,6 +171,17 @@ def test_a_loss_that_looks_ahead(good: Path, monkeypatch):
     assert "condition.prefix" in probe_with(good, monkeypatch, leaky)
 
 
+def test_a_loss_that_sees_just_the_token_it_foretells(good: Path, monkeypatch):
+    """In the text that is read, one position ahead: no later token changes an earlier score."""
+
+    def leaky(model, tokens, targets, last):
+        ahead = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
+        nll = model.nll(tokens, targets) + 0.01 * (ahead % 7)
+        return nll if last is None else nll[:, -last:]
+
+    assert probe_with(good, monkeypatch, leaky) == {"condition.prefix"}
+
+
 def test_a_loss_that_is_no_distribution(good: Path, monkeypatch):
     assert "condition.normalised" in probe_with(good, monkeypatch, lambda *a: 0.9 * honest(*a))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from record_helpers import ABOUT, SEEDS
+from record_helpers import ABOUT, CAP, SEEDS
 from run_helpers import result_of
 
 from epigram.errors import UserError
@@ -72,7 +72,7 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path):
     config = (changed / "config.toml").read_text()
     (changed / "config.toml").write_text(config.replace("warmdown_frac = 0.5", "warmdown_frac = 0.4"))
     refuses([runs[0], changed], "has other settings than .*in schedule")
-    (changed / "config.toml").write_text(config.replace("cap_bytes = 1000000", "cap_bytes = 150000"))
+    (changed / "config.toml").write_text(config.replace(f"cap_bytes = {CAP}", "cap_bytes = 150000"))
     refuses([changed], r"does not fit with its code: .* of 150,000; .* --set artifact.over_cap=shrink$")
     with pytest.raises(UserError, match="=shrink, or take --form packed"):
         submit([changed], out, ABOUT, form="readable")
