@@ -2,8 +2,8 @@
 
 This is no sandbox. Hooks of Python's own audit (`epigram.run.submission.guard`) refuse connections and name look-ups,
 other programs, and, while an artifact is scored, files other than the artifact and the made-up validation text; where
-Linux lets it, the process gets a network of its own without any interface, and native code is kept from those files too.
-A script of ours is trained and scored on made-up tokens in a tiny setting; of any other only the import is tried.
+Linux lets it, the process gets a network of its own without any interface, and native code is kept from those files
+too. A script of ours is trained and scored on made-up tokens in a tiny setting; of any other only the import is tried.
 """
 
 import os

@@ -1,8 +1,8 @@
 """What `epigram check --execute` puts in front of a foreign script: this file becomes its `sitecustomize`.
 
 Hooks of Python's own audit refuse connections, other programs, and, while an artifact is scored, files that scoring has
-no business with; each refusal is a line in a file. Native code does not ask these hooks: where Linux has Landlock, it is
-kept from the same files, without a line. Only the standard library is at hand.
+no business with; each refusal is a line in a file. Native code does not ask these hooks: it is kept from the same files
+by the kernel, where Linux has Landlock, without a line. Only the standard library is at hand.
 """
 
 import os
