@@ -120,7 +120,8 @@ def _module_name(path: Path, root: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
-def _names_in(text: str) -> tuple[set[str], set[str]]:
+@cache
+def _names_in(text: str) -> tuple[frozenset[str], frozenset[str]]:
     """Dotted names of this package that a module imports, and those that it has in strings."""
     imported, quoted = set(), set()
     for node in ast.walk(ast.parse(text)):
@@ -130,7 +131,7 @@ def _names_in(text: str) -> tuple[set[str], set[str]]:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("epigram."):
             quoted.add(node.value)
-    return {name for name in imported if name.split(".")[0] == "epigram"}, quoted
+    return frozenset(name for name in imported if name.split(".")[0] == "epigram"), frozenset(quoted)
 
 
 def _readable(files: Mapping[str, str]) -> str:
