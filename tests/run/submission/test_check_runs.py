@@ -61,6 +61,14 @@ def test_a_figure_that_cannot_be(record: Path, old: str, new: str, words: str):
     assert words in found(record)["log.figure"]
 
 
+def test_a_resumed_run_may_say_again_what_does_not_count(record: Path):
+    log = record / "train_seed1.log"
+    again = "final_float_blocks_exact val_loss:1.0 val_bpb:1.0\n"
+    score = next(line for line in log.read_text().splitlines() if line.startswith("final_quantized_sliding"))
+    log.write_text(again + log.read_text() + f"\n{score}\n")
+    assert found(record) == {}
+
+
 @pytest.mark.parametrize("words", [("final_quantized",), ("final_quantized", "final_times", "final_bytes")])
 def test_a_float_score_does_not_stand_in_for_the_packed_file(record: Path, words: tuple[str, ...]):
     drop_from_log(record, *words)

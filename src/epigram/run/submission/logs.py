@@ -37,6 +37,7 @@ _MODEL = re.compile(r"[Ss]erialized model (?:int|quant)[^:\n]*:\s*([\d,]+)\s*byt
 _CODE = re.compile(r"[Cc]ode size[^:\n]*:\s*([\d,]+)\s*bytes")
 _EVAL_MS = re.compile(rf"eval_time:\s*{_NUMBER}\s*ms")
 _DIGITS = 18
+_SAME = 5e-5  # a score computed again on a GPU differs in its last digits
 _NAME = re.compile(r"(?:^|_)seed_?(\d{1,18})")
 
 
@@ -118,13 +119,14 @@ def parse_log(text: str, name: str) -> LogFacts:
     ours = {m[1]: dict(word.partition(":")[::2] for word in m[2].split()) for m in _OURS.finditer(text)}
     is_ours = bool(ours) or _LINE_OF_OURS.search(text) is not None
     facts = _ours(ours) if is_ours else _theirs(text, steps)
-    odd = [*_odd_scores(text, is_ours), *(_odd_words(ours) if is_ours else _odd_times(facts))]
+    label = _counting(scores, recipe) if is_ours else next(reversed(scores), None)
+    odd = [*_odd_scores(text, label if is_ours else None), *(_odd_words(ours) if is_ours else _odd_times(facts))]
     return LogFacts(
         name=name,
         seed=min(said) if said and not named else int(loose[1]) if loose else None,
         steps=(_int(ours.get("times", {}).get("steps")) or int(steps[-1][1])) if steps else None,
         scores=scores,
-        label=_counting(scores, recipe) if is_ours else next(reversed(scores), None),
+        label=label,
         losses=tuple(float(m[2]) for m in _LOSS.finditer(text)),
         said_seeds=frozenset(said),
         odd=tuple(odd),
@@ -174,14 +176,20 @@ def _methods(recipe: Mapping[str, Any] | None) -> set[str]:
     return {*map(str, score["methods"]), adapted(str(kind))}
 
 
-def _odd_scores(text: str, is_ours: bool) -> list[str]:
-    """Final scores that are no positive number, and, in a log of ours, those that are said twice and unlike."""
-    odd, seen = [m[0] for m in _NO_NUMBER.finditer(text)], dict[str, tuple[str, str]]()
+def _odd_scores(text: str, label: str | None) -> list[str]:
+    """Final scores that are no positive number, and those of `label` that are unlike the first.
+
+    A run that was interrupted and resumed may say others twice, but has one score that counts.
+    """
+    odd, first = [m[0] for m in _NO_NUMBER.finditer(text)], None
     for m in _FINAL.finditer(text):
-        if not (0 < float(m[2]) < math.inf and 0 < float(m[3]) < math.inf):
+        nats, bpb = float(m[2]), float(m[3])
+        if not (0 < nats < math.inf and 0 < bpb < math.inf):
             odd.append(m[0])
-        if is_ours and seen.setdefault(m[1], (m[2], m[3])) != (m[2], m[3]):
-            odd.append(f"{m[0]} (said before with other figures)")
+        if m[1] == label:
+            first = first or (nats, bpb)
+            if max(abs(nats - first[0]), abs(bpb - first[1])) > _SAME:
+                odd.append(f"{m[0]} (said before with other figures)")
     return odd
 
 
