@@ -288,7 +288,7 @@ def failed(adaptation: Adaptation, data: DataFolder) -> set[str]:
 def test_an_honest_adapter_passes(adaptation: Adaptation, data: DataFolder) -> None:
     found = probe_adapted(adaptation, data, METHOD, batch_tokens=128)
     assert [finding.detail for finding in found if not finding.passed] == []
-    assert len(found) == (3 if adaptation.config.kind == "sgd" else 4)
+    assert len(found) == (4 if adaptation.config.kind == "sgd" else 5)
 
 
 class Knowing(Adaptation):
@@ -314,7 +314,26 @@ def test_sgd_on_what_is_not_scored_is_caught(adaptation: Adaptation, data: DataF
             super().learn(Knowing.text[start : start + 65 if first > 0 else None].copy(), chunk, num_chunks)
 
     monkeypatch.setattr(module, "SgdAdapter", Leaky)
-    assert failed(knowing(adaptation), data) == {"scored before learned"}
+    assert failed(knowing(adaptation), data) == {"scored before learned", "own token unseen"}
+
+
+@sgd
+def test_a_chunk_that_is_released_one_token_late_is_caught(
+    adaptation: Adaptation, data: DataFolder, monkeypatch
+) -> None:
+    """It ends with the first token of the next one, whose own score is all that gains."""
+    honest = scorer._released
+
+    def released(nll, tokens, groups, method, device, batch_tokens, adapter, *rest):
+        class More:
+            def learn(self, some, number, count):
+                first = groups[number].scored[0] + 1
+                adapter.learn(tokens[first : first + len(some)].copy(), number, count)
+
+        yield from honest(nll, tokens, groups, method, device, batch_tokens, More() if adapter else None, *rest)
+
+    monkeypatch.setattr(scorer, "_released", released)
+    assert failed(adaptation, data) == {"own token unseen"}
 
 
 @sgd
@@ -330,7 +349,7 @@ def test_sgd_on_a_chunk_before_it_is_scored_is_caught(adaptation: Adaptation, da
             yield from honest(nll, tokens, [group], method, device, batch_tokens, None, *rest)
 
     monkeypatch.setattr(scorer, "_released", early)
-    assert failed(adaptation, data) == {"scored before learned"}
+    assert failed(adaptation, data) == {"scored before learned", "own token unseen"}
 
 
 @both

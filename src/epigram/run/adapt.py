@@ -6,9 +6,9 @@ The scorer hands the adapter only what it has scored: see `epigram.evaluation.ad
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,9 @@ from epigram.progress import Progress
 from epigram.run.choices import attention_for_eager
 from epigram.run.setup import Losses
 
+Loss = Callable[..., Tensor]
+"""Inputs and targets (B, T), and settings, to the nats of each target."""
+
 _SURE_S = 20.0  # of work, after which a forecast of the rest is believed; a quarter of the limit, where that is less
 _FASTER = {
     "sgd": "raise score.stride, lower score.adapt.sgd.epochs, or score on more processes",
@@ -49,7 +52,8 @@ class OverTimeError(UserError):
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
     """How a model is scored while it learns. losses: its own. bos_id: begins documents. limit_s: of the whole score.
-    plain_s: what the score of the same text by sliding windows took, 0 where that is not known."""
+    plain_s: what the score of the same text by sliding windows took, 0 where that is not known. scoring: what the loss
+    that scores is made of, from the model's; for experiments. The one that teaches is the model's own."""
 
     config: AdaptConfig
     model: GPT
@@ -58,6 +62,7 @@ class Adaptation:
     bos_id: int
     limit_s: float = math.inf
     plain_s: float = 0.0
+    scoring: Callable[[Loss], Loss] = field(default=lambda loss: loss)
 
     def __post_init__(self) -> None:
         assert self.config.kind != "none"
@@ -129,7 +134,8 @@ class Adaptation:
         if self.config.kind == "sgd":
             with restored(self.model, trains=True):
                 return token_nlls(
-                    self.losses.windows, tokens, method, device=self.context.device, batch_tokens=batch_tokens,
+                    self.scoring(self.losses.windows), tokens, method,
+                    device=self.context.device, batch_tokens=batch_tokens,
                     adapter=self._sgd(method, alone=True), chunk_tokens=self.config.sgd.chunk_tokens,
                 )  # fmt: skip
         found, times = np.zeros(len(tokens) - 1, np.float32), np.zeros(len(tokens) - 1, np.int64)
@@ -189,7 +195,7 @@ class Adaptation:
         )
         with attention_for_eager(model, self.context):
             yield from document_parts(
-                model.nll, tokens, batches, adapter, config, method.seq_len, device, pace,
+                self.scoring(model.nll), tokens, batches, adapter, config, method.seq_len, device, pace,
                 filler=int(self.bos_id == 0),
             )  # fmt: skip
 

@@ -1,6 +1,8 @@
 """Puts the experiments of `epigram.evaluation.adapt_probes` to a model that learns from the beginning of a split."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,10 +11,11 @@ from numpy.typing import NDArray
 from epigram.data.dataset import DataFolder
 from epigram.evaluation.adapt_probes import change_each, documents_apart, learns, score_first
 from epigram.evaluation.documents import find_documents
-from epigram.evaluation.probes import Finding
+from epigram.evaluation.probes import Finding, own_token
 from epigram.evaluation.scorer import token_nlls
 from epigram.evaluation.windows import Method
 from epigram.run.adapt import Adaptation
+from epigram.run.probe import told_apart
 
 _CHUNKS = 4  # that the text has
 _SHARES = (0.0, 0.4, 0.6, 0.75, 0.9)  # of the text, where documents begin: in batches of two, three batches
@@ -47,12 +50,38 @@ def probe_tokens(
     else:
         still = replace(small.config, lora=replace(small.config.lora, lr=0.0))
         plain = replace(small, config=still).nats(tokens, method, batch_tokens)
-    found = [score_first(effects), learns(effects, plain)]
+    places = [effect.place for effect in effects.changes]
+    found = [score_first(effects), _own_token(small, method, tokens, places, vocab_size, batch_tokens, effects.allowed)]
+    found.append(learns(effects, plain))
     if kind == "lora":
         found.append(documents_apart(effects, find_documents(tokens, bos)))
     kept = all(torch.equal(p, old) for p, old in zip(adaptation.model.parameters(), weights, strict=True))
     words = "the weights are as they were" if kept else "the weights are others than before"
     return [*found, Finding("weights restored", kept, words)]
+
+
+def _own_token(
+    adaptation: Adaptation,
+    method: Method,
+    tokens: NDArray[np.uint16],
+    places: Sequence[int],
+    vocab_size: int,
+    batch_tokens: int,
+    allowed: float,
+) -> Finding:
+    """As the probe of that name, where what is read is also what is learned: nothing is learned from a token before it
+    is scored, that token itself included."""
+
+    def score(some: NDArray[np.uint16]) -> NDArray[np.float32]:
+        return adaptation.nats(some, method, batch_tokens)
+
+    def misread(some: NDArray[np.uint16], place: int, absent: int) -> NDArray[np.float32]:
+        read = some.copy()
+        read[place] = absent
+        told = partial(told_apart, absent=absent, true=int(some[place]))
+        return replace(adaptation, scoring=told).nats(read, method, batch_tokens)
+
+    return own_token(score, misread, tokens, places, vocab_size, allowed)
 
 
 def _small(adaptation: Adaptation, method: Method) -> tuple[Adaptation, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,8 @@ class Subject:
     def misread(self, tokens: NDArray[np.uint16], place: int, absent: int) -> NDArray[np.float32]:
         """The same where the model reads token `absent`, which is not among them, at `place`, and what is there is
         scored."""
-        true = int(tokens[place])
-
-        def with_target(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def call(inputs: Tensor, targets: Tensor, **settings: Any) -> Tensor:
-                return loss(inputs, torch.where(targets == absent, true, targets), **settings)
-
-            return call
-
-        losses = Losses(
-            windows=with_target(self.losses.windows), stream=lambda method: with_target(self.losses.stream(method))
-        )
+        told = partial(told_apart, absent=absent, true=int(tokens[place]))
+        losses = Losses(windows=told(self.losses.windows), stream=lambda method: told(self.losses.stream(method)))
         read = tokens.copy()
         read[place] = absent
         return replace(self, losses=losses).nats(read)
@@ -104,6 +96,15 @@ class Subject:
             ):  # fmt: skip
                 np.add.at(times, part.counted()[0], 1)
         return times
+
+
+def told_apart(loss: Callable[..., Tensor], absent: int, true: int) -> Callable[..., Tensor]:
+    """`loss` of inputs and targets, where `absent` as a target stands for `true`, and as an input for itself."""
+
+    def call(inputs: Tensor, targets: Tensor, **settings: Any) -> Tensor:
+        return loss(inputs, torch.where(targets == absent, true, targets), **settings)
+
+    return call
 
 
 def probe(
