@@ -34,7 +34,7 @@ def command(
     error, else 1.
     """
     from epigram.run.submission.check import check, print_check
-    from epigram.run.submission.rules import Limits
+    from epigram.run.submission.rules.limits import Limits
 
     limits = Limits(cap_bytes=cap, train_s=train_limit, score_s=score_limit)
     result = check(folder, limits=limits, against=record, run_script=execute)

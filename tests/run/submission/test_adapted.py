@@ -17,7 +17,7 @@ from epigram.run.submission import conditions
 from epigram.run.submission.check import check
 from epigram.run.submission.folder import submit
 from epigram.run.submission.logs import read_log
-from epigram.run.submission.rules import Limits
+from epigram.run.submission.rules.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -8,57 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from record_helpers import CAP
+from check_helpers import LIMITS, another_script, change, drop_from_log, drop_json, found, set_json
 
 from epigram.errors import UserError
 from epigram.model import gpt
 from epigram.model.gpt import GPT
 from epigram.run import probe
 from epigram.run.setup import Losses
-from epigram.run.submission import conditions, rules
+from epigram.run.submission import conditions
 from epigram.run.submission.check import check
 from epigram.run.submission.findings import RULES
-from epigram.run.submission.rules import Limits
+from epigram.run.submission.rules import code as code_rules
+from epigram.run.submission.rules.limits import Limits
 from epigram.run.weights import load_model
-
-LIMITS = Limits(cap_bytes=CAP)
-
-
-def found(folder: Path, **options) -> dict[str, str]:
-    """Rule -> message of all findings but notes."""
-    result = check(folder, limits=options.pop("limits", LIMITS), **options)
-    return {row["rule"]: row["message"] for row in result["findings"] if row["severity"] != "note"}
-
-
-def change(path: Path, old: str, new: str) -> None:
-    text = path.read_bytes()
-    assert old.encode() in text
-    path.write_bytes(text.replace(old.encode(), new.encode()))
-
-
-def set_json(folder: Path, **values) -> None:
-    path = folder / "submission.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def drop_json(folder: Path, key: str) -> None:
-    path = folder / "submission.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
-
-
-def drop_final_scores(folder: Path) -> None:
-    log = folder / "train_seed1.log"
-    log.write_text("\n".join(line for line in log.read_text().splitlines() if "_exact" not in line))
-
-
-def drop_from_log(folder: Path, start: str) -> None:
-    log = folder / "train_seed1.log"
-    log.write_text("\n".join(line for line in log.read_text().splitlines() if not line.startswith(start)))
-
-
-def another_script(folder: Path, code: str) -> None:
-    (folder / "train_gpt.py").write_text(code)
-    set_json(folder, bytes_code=len(code))
 
 
 def remove(folder: Path, name: str) -> None:
@@ -82,7 +44,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "json.fields": lambda f: drop_json(f, "github_id"),
     "json.mean": lambda f: set_json(f, val_bpb=1.0),
     "log.missing": lambda f: [path.unlink() for path in f.glob("*.log")],
-    "log.score": drop_final_scores,
+    "log.score": lambda f: drop_from_log(f, "_exact"),
     "log.seeds": lambda f: set_json(f, seeds=[1, 2]),
     "log.json": changed_row,
     "log.readme": lambda f: change(f / "README.md", logged_bpb(f), "1.00000000"),
@@ -144,7 +106,7 @@ def test_a_broken_folder_has_its_finding(record: Path, rule: str, monkeypatch):
 
 
 def test_every_rule_is_tested():
-    here = Path(__file__).read_text() + Path(__file__).with_name("test_adapted.py").read_text()
+    here = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert [rule for rule in RULES if f'"{rule}"' not in here] == []
 
 
@@ -164,7 +126,7 @@ def test_the_cap_holds_for_each_seed(record: Path):
 
 
 def test_another_package_in_the_script_is_noted(record: Path, monkeypatch):
-    monkeypatch.setattr(rules, "shipped_sources", lambda: {"epigram/loss.py": "x = 1"})
+    monkeypatch.setattr(code_rules, "shipped_sources", lambda: {"epigram/loss.py": "x = 1"})
     notes = [row for row in check(record, limits=LIMITS)["findings"] if row["rule"] == "code.package"]
     assert "another package" in notes[0]["message"]
 
@@ -176,31 +138,6 @@ def test_a_record_to_beat(good: Path, record: Path):
     assert "by welch" in found(good, against=str(record))["significance.record"]
     with pytest.raises(UserError, match="there is no record folder"):
         check(good, against="nowhere")
-
-
-# -- running it --------------------------------------------------------------------------------------------------------
-
-
-def test_a_script_that_calls_home(record: Path):
-    another_script(record, "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)\n")
-    rules_found = found(record, run_script=True)
-    assert "run.network" in rules_found
-    assert "run.import" in rules_found
-
-
-def test_another_script_is_imported_and_no_more(record: Path):
-    another_script(record, "import torch\nif __name__ == '__main__':\n    raise SystemExit(1)\n")
-    result = check(record, limits=LIMITS, run_script=True)
-    assert [row["rule"] for row in result["findings"]] == ["run.untested"]
-
-
-def test_a_script_of_ours_that_cannot_train(record: Path):
-    script = record / "train_gpt.py"
-    change(
-        script, "    main(__file__)\n", "    if '--out' in sys.argv:\n        sys.exit('broken')\n    main(__file__)\n"
-    )
-    set_json(record, bytes_code=script.stat().st_size, bytes_total=CAP)
-    assert found(record, run_script=True) == {"run.train": "a tiny training run: broken"}
 
 
 # -- conditions --------------------------------------------------------------------------------------------------------

@@ -43,12 +43,15 @@ def single_file(config: Config, form: str) -> bytes:
     if form not in FORMS:
         raise UserError(f"form = {form!r} must be one of {', '.join(FORMS)}")
     files = {**shipped_sources(), f"epigram/recipes/{config.recipe}.toml": tomli_w.dumps(to_tree(config))}
-    head = (resources.files("epigram.run.submission") / "single_file.txt").read_text("utf-8")
-    head = head.replace("@RECIPE@", config.recipe).replace("@SUMMARY@", config.summary)
+    head = _template().replace("@RECIPE@", config.recipe).replace("@SUMMARY@", config.summary)
     if form == "readable":
         return head.replace("@FILES@\n", _readable(files)).encode("utf-8")
     script = f"# coding: {_CODING}\n{head}".replace("@FILES@\n", _packed(files))
     return script.encode(_CODING, "backslashreplace")  # the recipe's summary may have any letters
+
+
+def _template() -> str:
+    return (resources.files("epigram.run.submission") / "single_file.txt").read_text("utf-8")
 
 
 def packed_bytes(config: Config) -> int:
@@ -117,7 +120,8 @@ def _module_name(path: Path, root: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
-def _names_in(text: str) -> tuple[set[str], set[str]]:
+@cache
+def _names_in(text: str) -> tuple[frozenset[str], frozenset[str]]:
     """Dotted names of this package that a module imports, and those that it has in strings."""
     imported, quoted = set(), set()
     for node in ast.walk(ast.parse(text)):
@@ -127,7 +131,7 @@ def _names_in(text: str) -> tuple[set[str], set[str]]:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("epigram."):
             quoted.add(node.value)
-    return {name for name in imported if name.split(".")[0] == "epigram"}, quoted
+    return frozenset(name for name in imported if name.split(".")[0] == "epigram"), frozenset(quoted)
 
 
 def _readable(files: Mapping[str, str]) -> str:
@@ -168,18 +172,53 @@ def unpacked(script: str) -> dict[str, str] | None:
     }
     if MARK not in values or "FILES" not in values:
         return None
-    texts = [n.value for n in ast.walk(values["FILES"]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     try:
         if isinstance(values["FILES"], ast.Dict):
             files = ast.literal_eval(values["FILES"])
         else:
-            data = bz2.BZ2Decompressor().decompress(max(texts, key=len, default="").encode(_CODING), _MOST_BYTES)
+            data = bz2.BZ2Decompressor().decompress(_longest_text(values["FILES"]).encode(_CODING), _MOST_BYTES)
             files = json.loads(data)
     except (ValueError, OSError, TypeError) as error:
         raise UserError(f"the files in this script cannot be read: {error}") from error
     if not isinstance(files, dict) or not all(isinstance(part, str) for pair in files.items() for part in pair):
         raise UserError("the files in this script are no table of texts")
     return files
+
+
+def foreign_statement(script: str) -> ast.stmt | None:
+    """The first statement of a single file, outside its embedded files, that the script of this release does not have
+    there; None where there is none. The text at its top does nothing, and is not compared.
+
+    An empty statement stands for one that is missing at the end.
+    """
+    ours, theirs = ast.parse(_template().replace("@FILES@", "FILES = {}")).body, ast.parse(script).body
+    for place, known in enumerate(ours):
+        if place == len(theirs):
+            return ast.Pass(lineno=len(script.splitlines()), col_offset=0)
+        found = theirs[place]
+        same = _holds_files(found) if _holds_files(known) else ast.dump(found) == ast.dump(known)
+        if not same and not (place == 0 and _is_remark(found)):
+            return found
+    return theirs[len(ours)] if len(theirs) > len(ours) else None
+
+
+def _holds_files(statement: ast.stmt) -> bool:
+    """Whether it is the assignment of the embedded files in one of FORMS, which computes nothing else."""
+    if not isinstance(statement, ast.Assign) or [ast.unparse(target) for target in statement.targets] != ["FILES"]:
+        return False
+    value = statement.value
+    if isinstance(value, ast.Dict):
+        return all(isinstance(part, ast.Constant) for part in [*value.keys, *value.values])
+    packed = ast.parse(f'json.loads(bz2.decompress("".encode("{_CODING}")))', mode="eval").body
+    (place,) = (part for part in ast.walk(packed) if isinstance(part, ast.Constant) and part.value == "")
+    place.value = _longest_text(value)
+    return ast.dump(value) == ast.dump(packed)
+
+
+def _longest_text(tree: ast.AST) -> str:
+    """Of the literals in `tree`."""
+    nodes = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return max((text for text in nodes if isinstance(text, str)), key=len, default="")
 
 
 @cache

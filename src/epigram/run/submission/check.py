@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from epigram.errors import UserError
-from epigram.run.submission import rules
-from epigram.run.submission.bundle import MARK
 from epigram.run.submission.conditions import probe
 from epigram.run.submission.execute import execute
 from epigram.run.submission.findings import ERROR, Finding
 from epigram.run.submission.record import Record, read_record
-from epigram.run.submission.rules import Against, Limits
+from epigram.run.submission.rules.code import code
+from epigram.run.submission.rules.figures import figures
+from epigram.run.submission.rules.files import files
+from epigram.run.submission.rules.limits import Against, Limits
+from epigram.run.submission.rules.readme import readme
+from epigram.run.submission.rules.runs import adaptation, calibration, runs, times
+from epigram.run.submission.rules.significance import significance
+from epigram.run.submission.rules.sizes import sizes
 
 
 def check(
@@ -55,14 +60,16 @@ def read_against(record: str | None) -> Against | None:
 
 
 def _findings(record: Record, limits: Limits, against: Against | None, run_script: bool) -> Iterator[Finding]:
-    yield from rules.files(record)
-    yield from rules.figures(record)
-    yield from rules.adaptation(record)
-    yield from rules.sizes(record, limits)
-    yield from rules.times(record, limits)
-    yield from rules.calibration(record)
-    yield from rules.code(record)
-    yield from rules.significance(record, against)
+    yield from files(record)
+    yield from runs(record)
+    yield from figures(record)
+    yield from readme(record)
+    yield from adaptation(record)
+    yield from sizes(record, limits)
+    yield from times(record, limits)
+    yield from calibration(record)
+    yield from code(record)
+    yield from significance(record, against)
     kinds = {log.seed: log.adapted for log in record.logs}
     for seed, path in record.artifacts.items():
         yield from probe(path, kinds.get(seed))
@@ -70,7 +77,7 @@ def _findings(record: Record, limits: Limits, against: Against | None, run_scrip
         message = "there is no artifact of ours in the folder, so its conditions were not probed"
         yield Finding(rule="condition.untested", message=message)
     if run_script and record.script is not None:
-        yield from execute(record, is_ours=f"\n{MARK} = " in record.script)
+        yield from execute(record, is_ours=record.has_our_script)
     elif record.script is not None:
         yield Finding(rule="run.untested", message="train_gpt.py was read and not run")
 

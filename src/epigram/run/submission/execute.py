@@ -1,9 +1,9 @@
-"""Runs a record's script, which is foreign code: in a subprocess, in an empty folder, with a time limit, and with
-connections refused.
+"""Runs a record's script, which is foreign code: in a subprocess, in an empty folder, with a time limit, and guarded.
 
-This is no sandbox. A hook of Python's own audit refuses connections and name look-ups, and where Linux lets it, the
-process gets a network of its own without any interface; the file system is open to it. A script of ours is trained and
-scored on made-up tokens in a tiny setting; of any other only the import is tried.
+This is no sandbox. Hooks of Python's own audit (`epigram.run.submission.guard`) refuse connections and name look-ups,
+other programs, and, while an artifact is scored, files other than the artifact and the made-up validation text; where
+Linux lets it, the process gets a network of its own without any interface, and native code is kept from those files
+too. A script of ours is trained and scored on made-up tokens in a tiny setting; of any other only the import is tried.
 """
 
 import os
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,18 @@ import numpy as np
 from epigram.artifact import tensors as artifact
 from epigram.data.shards import shard_name, write_shard
 from epigram.errors import UserError
+from epigram.run.submission import guard
 from epigram.run.submission.findings import Finding
 from epigram.run.submission.record import Record
 
 LIMIT_S = 300
 _TOKENS = {"train": 20_000, "val": 1_001}
 _LENGTH = 64
-_GUARD = """
-import os, sys
-
-def _refuse(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
-        with open(os.environ["RECORD_GUARD_LOG"], "a") as file:
-            file.write(event + " " + repr(arguments[1:]) + "\\n")
-        raise PermissionError("no network while a record is checked")
-
-sys.addaudithook(_refuse)
-"""
+_REFUSED = {
+    "network": ("run.network", "tried"),
+    "process": ("run.process", "tried to start another program by"),
+    "data": ("run.data", "tried, while it scored, to open"),
+}
 
 
 def execute(record: Record, is_ours: bool) -> Iterator[Finding]:
@@ -52,27 +48,34 @@ def execute(record: Record, is_ours: bool) -> Iterator[Finding]:
                 yield Finding(rule="run.import", message=f"importing train_gpt.py in an empty folder: {problem}")
             message = "the script's interface is not known, so it was imported and not run"
             yield Finding(rule="run.untested", message=message)
-        for line in runner.connections():
-            yield Finding(rule="run.network", message=f"train_gpt.py tried {line}")
+        for kind, words in runner.refused():
+            rule, tried = _REFUSED[kind]
+            yield Finding(rule=rule, message=f"train_gpt.py {tried} {words}")
 
 
 class _Runner:
     """Runs Python with a copy of the script in an empty folder, guarded."""
 
     def __init__(self, scratch: Path, script: Path) -> None:
-        self.folder, self._guard = scratch / "work", scratch / "guard"
-        self.folder.mkdir()
-        self._guard.mkdir()
-        (self._guard / "sitecustomize.py").write_text(_GUARD)
-        self._log = scratch / "connections"
+        self.scratch, self.folder, self._guard = scratch, scratch / "work", scratch / "guard"
+        self._temporary = scratch / "temporary"
+        for folder in (self.folder, self._guard, self._temporary):
+            folder.mkdir()
+        source = (resources.files("epigram.run.submission") / "guard.py").read_text("utf-8")
+        (self._guard / "sitecustomize.py").write_text(f"{source}\n\ninstall()\n", "utf-8")
+        self._log = scratch / "refused"
         shutil.copyfile(script, self.folder / script.name)
         self._prefix = _own_network()
         self.output = ""
 
-    def run(self, *arguments: str) -> str | None:
-        """None, or what went wrong in a line."""
+    def run(self, *arguments: str, readable: Path | None = None) -> str | None:
+        """None, or what went wrong in a line. readable: with it, this file and the scratch folder are all that may be
+        read."""
         environment = {key: value for key, value in os.environ.items() if key not in ("DATA_PATH", "SEED", "RUN_ID")}
-        environment |= {"PYTHONPATH": str(self._guard), "RECORD_GUARD_LOG": str(self._log), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"PYTHONPATH": str(self._guard), guard.LOG: str(self._log), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"TMPDIR": str(self._temporary), "XDG_CACHE_HOME": str(self._temporary)}
+        if readable is not None:
+            environment[guard.READABLE] = os.pathsep.join(map(str, (self.scratch, readable)))
         try:
             done = subprocess.run(
                 [*self._prefix, sys.executable, *arguments],
@@ -89,9 +92,11 @@ class _Runner:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return lines[-1] if done.returncode else None
 
-    def connections(self) -> list[str]:
-        """What was refused."""
-        return sorted(set(self._log.read_text().splitlines())) if self._log.exists() else []
+    def refused(self) -> list[tuple[str, str]]:
+        """(kind, words) of each thing that was, once."""
+        lines = self._log.read_text("utf-8", errors="replace").splitlines() if self._log.exists() else []
+        parts = (line.partition(" ") for line in dict.fromkeys(lines))
+        return [(kind, words) for kind, _, words in parts if kind in _REFUSED]
 
 
 def _own_network() -> list[str]:
@@ -125,7 +130,7 @@ def _train_and_score(record: Record, runner: _Runner) -> Iterator[Finding]:
         yield Finding(rule="run.train", message=f"a tiny training run: {problem}")
     for shard in data.glob("*_train_*.bin"):
         shard.unlink()  # scoring must do without
-    if problem := runner.run(*command, "--score", str(path.resolve())):
+    if problem := runner.run(*command, "--score", str(path.resolve()), readable=path.resolve()):
         yield Finding(rule="run.train", message=f"scoring {path.name} without training shards: {problem}")
 
 

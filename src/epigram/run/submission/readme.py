@@ -11,6 +11,10 @@ _SEED_HEADS = (
     "seed", "val_loss", "val_bpb", "steps", "training s", "calibration + quantization s", "scoring s",
     "artifact bytes", "total bytes",
 )  # fmt: skip
+# How paragraphs start by which `epigram check` finds them again.
+HEADLINE_START = "**val_bpb:"
+TABLE_START = f"| {' | '.join(_SEED_HEADS)} |"
+CODE_START = "`train_gpt.py` as it lies here takes"
 
 
 def readme(found: Mapping[str, Any], logs: Sequence[LogFacts], config: Config, environment: Mapping[str, Any]) -> str:
@@ -46,7 +50,7 @@ def _headline(found: Mapping[str, Any]) -> str:
     spread = "" if found["val_bpb_std"] is None else f" (standard deviation {found['val_bpb_std']:.6f})"
     seeds = len(found["seeds"])
     return (
-        f"**val_bpb: {found['val_bpb']:.6f}**{spread}, val_loss {found['val_loss']:.6f}, mean of {seeds} seed"
+        f"{HEADLINE_START} {found['val_bpb']:.6f}**{spread}, val_loss {found['val_loss']:.6f}, mean of {seeds} seed"
         f"{'s' if seeds > 1 else ''}, largest total {found['bytes_total']:,} bytes, {found['hardware']}, "
         f"by {found['author']} ({found['github_id']}), {found['date']}."
     )
@@ -116,7 +120,7 @@ def _significance(found: Mapping[str, Any]) -> list[str]:
 
 def _bytes(found: Mapping[str, Any]) -> str:
     return (
-        f"`train_gpt.py` as it lies here takes {found['bytes_code']:,} bytes ({found['code_form']} form), the largest "
+        f"{CODE_START} {found['bytes_code']:,} bytes ({found['code_form']} form), the largest "
         f"artifact {found['bytes_model']:,}: together {found['bytes_total']:,} of {found['bytes_cap']:,}."
     )
 

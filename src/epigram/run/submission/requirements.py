@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import metadata
 
 from epigram.errors import UserError
@@ -14,7 +15,8 @@ UNPUBLISHED = frozenset({"flash_attn_interface", "flash_attn_config"})  # FlashA
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def imported(text: str) -> set[str]:
+@cache
+def imported(text: str) -> frozenset[str]:
     """Top-level modules outside the standard library that a source text imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(text)):
@@ -22,7 +24,7 @@ def imported(text: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found.add(node.module)
-    return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
+    return frozenset(name.split(".")[0] for name in found) - sys.stdlib_module_names
 
 
 def distribution(module: str) -> str:
