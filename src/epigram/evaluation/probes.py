@@ -24,8 +24,8 @@ TokenScores = Callable[[Tokens], NDArray[np.float32]]
 """(n + 1,) tokens to the nats (n,) of all but the first."""
 
 Misread = Callable[[Tokens, int, int], NDArray[np.float32]]
-"""(n + 1,) tokens, a place, and a token that is not among them: the nats (n,) where the model reads that one at the
-place, instead of the token that is there and that is scored."""
+"""(n + 1,) tokens as they are read, a token that is among them once, and another: the nats (n,) where that other one is
+what is scored in its place."""
 
 Alternatives = Callable[[Tokens], NDArray[np.float64]]
 """(n,) tokens to the nats (V,) that each token of the vocabulary would cost as the next one."""
@@ -78,17 +78,19 @@ def own_token(
     What `causality` cannot see: a model that sees one position too far, and no further, sees just what it is to
     foretell, and changing that token may change its score.
     """
-    text, absent = without_one(tokens, vocab_size)
+    text, absent = _without_one(tokens, vocab_size)
     before = score(text)
     for place in places:
-        after = misread(text, place, absent)
+        read = text.copy()
+        read[place] = absent
+        after = misread(read, absent, int(text[place]))
         if len(wrong := np.flatnonzero(~(np.abs(after[:place] - before[:place]) <= allowed))):
             words = f"reading another token {place} than is scored there changes {_worst(before, after, wrong)}"
             return Finding("own token unseen", False, words)
     return Finding("own token unseen", True, f"{len(places)} tokens cost what they cost when others are read there")
 
 
-def without_one(tokens: Tokens, vocab_size: int) -> tuple[Tokens, int]:
+def _without_one(tokens: Tokens, vocab_size: int) -> tuple[Tokens, int]:
     """The tokens with one of the vocabulary replaced by another, and that one, which they now lack.
 
     It is the rarest of the upper half: the lower has the ids that mean more than text.

@@ -101,7 +101,7 @@ class Adaptation:
         if is_sgd:
             with restored(self.model, trains=True):
                 return score(
-                    self.losses.windows, tokens, tables, method,
+                    self.scoring(self.losses.windows), tokens, tables, method,
                     device=c.device, batch_tokens=batch_tokens, expected_bytes=expected_bytes, byte_counts=byte_counts,
                     rank=c.rank, world_size=c.world_size, progress=progress,
                     reduce=partial(collectives.summed, c) if c.world_size > 1 else None,

@@ -1,6 +1,5 @@
 """Puts the experiments of `epigram.evaluation.adapt_probes` to a model that learns from the beginning of a split."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -44,44 +43,28 @@ def probe_tokens(
     def nats(some: NDArray[np.uint16]) -> NDArray[np.float32]:
         return small.nats(some, method, batch_tokens)
 
+    def misread(some: NDArray[np.uint16], absent: int, true: int) -> NDArray[np.float32]:
+        """What is read is also what is learned, so a token that is learned before its own score shows in it."""
+        told = partial(told_apart, absent=absent, true=true)
+        return replace(small, scoring=told).nats(some, method, batch_tokens)
+
     effects = change_each(nats, tokens, _places(tokens, kind, chunk, bos), vocab_size, bos)
     if kind == "sgd":
         plain = token_nlls(small.losses.windows, tokens, method, device=small.context.device, batch_tokens=batch_tokens)
     else:
         still = replace(small.config, lora=replace(small.config.lora, lr=0.0))
         plain = replace(small, config=still).nats(tokens, method, batch_tokens)
-    places = [effect.place for effect in effects.changes]
-    found = [score_first(effects), _own_token(small, method, tokens, places, vocab_size, batch_tokens, effects.allowed)]
-    found.append(learns(effects, plain))
+    places = [change.place for change in effects.changes]
+    found = [
+        score_first(effects),
+        own_token(nats, misread, tokens, places, vocab_size, effects.allowed),
+        learns(effects, plain),
+    ]
     if kind == "lora":
         found.append(documents_apart(effects, find_documents(tokens, bos)))
     kept = all(torch.equal(p, old) for p, old in zip(adaptation.model.parameters(), weights, strict=True))
     words = "the weights are as they were" if kept else "the weights are others than before"
     return [*found, Finding("weights restored", kept, words)]
-
-
-def _own_token(
-    adaptation: Adaptation,
-    method: Method,
-    tokens: NDArray[np.uint16],
-    places: Sequence[int],
-    vocab_size: int,
-    batch_tokens: int,
-    allowed: float,
-) -> Finding:
-    """As the probe of that name, where what is read is also what is learned: nothing is learned from a token before it
-    is scored, that token itself included."""
-
-    def score(some: NDArray[np.uint16]) -> NDArray[np.float32]:
-        return adaptation.nats(some, method, batch_tokens)
-
-    def misread(some: NDArray[np.uint16], place: int, absent: int) -> NDArray[np.float32]:
-        read = some.copy()
-        read[place] = absent
-        told = partial(told_apart, absent=absent, true=int(some[place]))
-        return replace(adaptation, scoring=told).nats(read, method, batch_tokens)
-
-    return own_token(score, misread, tokens, places, vocab_size, allowed)
 
 
 def _small(adaptation: Adaptation, method: Method) -> tuple[Adaptation, int]:

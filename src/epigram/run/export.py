@@ -67,11 +67,15 @@ def quantize(model: GPT, config: Config, data: DataFolder, context: Context) -> 
     return Quantized(stored, report, source, calibrated_s - start_s, time.perf_counter() - calibrated_s, hessians)
 
 
+def taps(model: GPT, config: Config) -> dict[str, int]:
+    """What calibration looks at -> its columns."""
+    parts = plan(dict(model.named_parameters()), model.roles(), config.quant.grid)
+    return calibration_taps(parts, tables=needs_hessians(config.quant.table_method))
+
+
 def calibrate(model: GPT, config: Config, batches: Iterable[Tensor], context: Context) -> dict[str, Tensor]:
     """Hessians by tap over all ranks' `batches`; this rank's share of the windows is (B, seq_len) int64 a batch."""
-    parts = plan(dict(model.named_parameters()), model.roles(), config.quant.grid)
-    taps = calibration_taps(parts, tables=needs_hessians(config.quant.table_method))
-    collector = HessianCollector(context.device, taps)
+    collector = HessianCollector(context.device, taps(model, config))
     with (
         torch.no_grad(),
         attention_for_eager(model, context),

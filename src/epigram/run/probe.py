@@ -53,14 +53,11 @@ class Subject:
             self.losses.of(self.method), tokens, self.method, device=self.device, batch_tokens=self.batch_tokens
         )
 
-    def misread(self, tokens: NDArray[np.uint16], place: int, absent: int) -> NDArray[np.float32]:
-        """The same where the model reads token `absent`, which is not among them, at `place`, and what is there is
-        scored."""
-        told = partial(told_apart, absent=absent, true=int(tokens[place]))
+    def misread(self, tokens: NDArray[np.uint16], absent: int, true: int) -> NDArray[np.float32]:
+        """The same where `true` is scored where `absent` is read."""
+        told = partial(told_apart, absent=absent, true=true)
         losses = Losses(windows=told(self.losses.windows), stream=lambda method: told(self.losses.stream(method)))
-        read = tokens.copy()
-        read[place] = absent
-        return replace(self, losses=losses).nats(read)
+        return replace(self, losses=losses).nats(tokens)
 
     def alternatives(self, context: NDArray[np.uint16]) -> NDArray[np.float64]:
         """What each token costs after `context`, (V,): as many rows, each with another last target."""

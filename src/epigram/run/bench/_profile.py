@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.run.bench._kernels import Breakdown, break_down
-from epigram.run.bench.base import Bench
+from epigram.run.bench.base import Bench, in_turn
 from epigram.run.train import UPDATE
 
 TRACE, TABLE, NUMBERS = "trace.json", "kernels.txt", "kernels.json"
@@ -40,12 +41,8 @@ def profile_steps(work: Callable[[], Any], median_ms: float, context: Context, f
 def profile_rows(bench: Bench, folder: Path) -> Breakdown:
     """The same of all that was timed, one after the other."""
     rows, works = zip(*bench.to_profile, strict=True)
-
-    def in_turn() -> None:
-        for work in works:
-            work()
-
-    return profile_steps(in_turn, sum(row.timing.median_ms for row in rows), bench.engine.context, folder)
+    total_ms = sum(row.timing.median_ms for row in rows)
+    return profile_steps(partial(in_turn, *works), total_ms, bench.engine.context, folder)
 
 
 def _record(work: Callable[[], Any], context: Context, steps: int) -> profile:

@@ -120,7 +120,7 @@ class Bench:
         row = Row(name=name, timing=timing, work=parts, amounts=amounts or {})
         self.rows.append(row)
         if profiled and self.options.profile:
-            self.to_profile.append((row, work if before is None else partial(_in_turn, before, work)))
+            self.to_profile.append((row, work if before is None else partial(in_turn, before, work)))
         self.advance()
         return row
 
@@ -141,7 +141,7 @@ class Bench:
         return list(dict.fromkeys(lanes[i] for i in self.engine.lanes))
 
 
-def _in_turn(*works: Callable[[], Any]) -> None:
+def in_turn(*works: Callable[[], Any]) -> None:
     for work in works:
         work()
 

@@ -12,12 +12,12 @@ from epigram.artifact.table import CODECS
 from epigram.artifact.tensors import Contents, load, save
 from epigram.config import to_tree
 from epigram.model.cost import forward_flops_per_token
-from epigram.quant.config import QuantConfig, needs_hessians
-from epigram.quant.policy import Part, calibration_taps, method_of, plan
+from epigram.quant.config import QuantConfig
+from epigram.quant.policy import Part, method_of, plan
 from epigram.quant.quantize import Stored, quantize_model
 from epigram.quantized import QuantizedTensor
 from epigram.run.bench.base import Bench, Work
-from epigram.run.export import BATCH_TOKENS, calibrate
+from epigram.run.export import BATCH_TOKENS, calibrate, taps
 from epigram.run.warmup import random_tokens
 
 REPEATS = 1  # a codec may take a minute
@@ -45,24 +45,22 @@ def _quantize(bench: Bench) -> Stored:
         stored.update(quantize_model(named, engine.model.roles(), hessians, config)[0])
 
     named = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
-    parts = plan(named, engine.model.roles(), config.grid)
     if config.needs_hessians:
         tokens = config.calibration.num_windows * config.calibration.seq_len
-        work = _calibration_work(bench, parts, tokens)
+        work = _calibration_work(bench, tokens)
         bench.time("calibrate on made-up tokens", measure_hessians, work, warm_up=1, amounts={"tokens": tokens})
     else:
         bench.left_out["calibrate"] = f'quant.method = "{config.method}" needs no calibration'
-    work = _quantization_work(parts, config)
+    work = _quantization_work(plan(named, engine.model.roles(), config.grid), config)
     bench.time(f"quantize, {config.method}", quantize, work, warm_up=1, amounts={"weights": _num_weights(named)})
     return stored
 
 
-def _calibration_work(bench: Bench, parts: Sequence[Part], tokens: int) -> Work:
+def _calibration_work(bench: Bench, tokens: int) -> Work:
     """A forward, and the products of each tap's input with itself."""
     config = bench.engine.config
-    taps = calibration_taps(parts, tables=needs_hessians(config.quant.table_method))
     forward = sum(forward_flops_per_token(config.model, config.quant.calibration.seq_len).values())
-    return Work(flops=tokens * (forward + sum(2 * cols**2 for cols in taps.values())))
+    return Work(flops=tokens * (forward + sum(2 * cols**2 for cols in taps(bench.engine.model, config).values())))
 
 
 def _quantization_work(parts: Sequence[Part], config: QuantConfig) -> Work:

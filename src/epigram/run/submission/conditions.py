@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig, SgdConfig
-from epigram.evaluation.probes import isolation, without_one
+from epigram.evaluation.probes import isolation, own_token
 from epigram.evaluation.scorer import MiscountError
 from epigram.evaluation.windows import Method
 from epigram.run.adapt import Adaptation
@@ -66,9 +66,9 @@ def _probe(name: str, model: Model) -> Iterator[Finding]:
     if (moved := _prefix_change(subject, tokens, vocab_size)) > _TOLERANCE:
         message = f"{name}: a later token changes an earlier score by {moved:.2g} nats"
         yield Finding(rule="condition.prefix", message=message)
-    if (moved := _own_change(subject, tokens, vocab_size)) > _TOLERANCE:
-        message = f"{name}: a token's score depends by {moved:.2g} nats on its being read"
-        yield Finding(rule="condition.prefix", message=message)
+    places = (1, _LENGTH // 2, _LENGTH - 1)
+    if not (found := own_token(subject.nats, subject.misread, tokens, places, vocab_size, _TOLERANCE)).passed:
+        yield Finding(rule="condition.prefix", message=f"{name}: {found.detail}")
     if abs((total := float(np.exp(-subject.alternatives(tokens[:8])).sum())) - 1) > _SUM_TOLERANCE:
         yield Finding(rule="condition.normalised", message=f"{name}: probabilities sum to {total:.5f}")
     if wrong := _counted(replace(subject, method=_sliding(model), batch_tokens=64), tokens):
@@ -110,14 +110,6 @@ def _prefix_change(subject: Subject, tokens: NDArray[np.uint16], vocab_size: int
         changed[place:] = (changed[place:].astype(np.int64) + 1) % vocab_size
         worst = max(worst, float(np.abs(subject.nats(changed) - base)[: place - 1].max()))
     return worst
-
-
-def _own_change(subject: Subject, tokens: NDArray[np.uint16], vocab_size: int) -> float:
-    """The most that scores up to a place change when the model reads another token there than is scored."""
-    text, absent = without_one(tokens, vocab_size)
-    base = subject.nats(text)
-    places = (1, _LENGTH // 2, _LENGTH - 1)
-    return max(float(np.abs(subject.misread(text, place, absent) - base)[:place].max()) for place in places)
 
 
 def _counted(subject: Subject, tokens: NDArray[np.uint16]) -> str:
