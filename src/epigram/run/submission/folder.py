@@ -31,6 +31,7 @@ from epigram.run.export import over_budget
 from epigram.run.record import CONFIG, ENVIRONMENT, LOG, RESULT
 from epigram.run.submission.bundle import shipped_sources, single_file
 from epigram.run.submission.logs import LogFacts, read_log
+from epigram.run.submission.measured import Measured, seed_row
 from epigram.run.submission.readme import readme
 from epigram.run.submission.requirements import requirements
 from epigram.run.weights import ARTIFACT
@@ -184,7 +185,11 @@ def _metadata(
     nats = [_said(log.val_nats, log, "a final score") for log in facts]
     bpb = [_said(log.val_bpb, log, "a final score") for log in facts]
     sizes = [int(_said(log.artifact_bytes, log, "the artifact's bytes")) for log in facts]
-    mean, spread = statistics.summarize(bpb), statistics.summarize(nats)
+    known = Measured(nats=tuple(nats), bpb=tuple(bpb), sizes=tuple(sizes), code_bytes=len(code))
+    rows = {
+        str(source.seed): seed_row(log, size, len(code))
+        for source, log, size in zip(sources, facts, sizes, strict=True)
+    }
     found: dict[str, Any] = {
         "author": about.author,
         "github_id": about.github_id,
@@ -192,16 +197,12 @@ def _metadata(
         "blurb": about.blurb or config.summary,
         "date": about.date or date.today().isoformat(),
         "track": about.track,
-        "val_loss": spread.mean,
-        "val_bpb": mean.mean,
-        "val_loss_std": spread.sd,
-        "val_bpb_std": mean.sd,
+        **known.means(),
+        **known.spreads(),
         "scored": facts[0].label,
         "seeds": [source.seed for source in sources],
-        "seed_results": {str(s.seed): _row(log, len(code)) for s, log in zip(sources, facts, strict=True)},
-        "bytes_code": len(code),
-        "bytes_model": max(sizes),
-        "bytes_total": max(sizes) + len(code),
+        "seed_results": rows,
+        **known.bytes(),
         "bytes_cap": config.artifact.cap_bytes,
         "code_form": form,
         "code_sha256": hashlib.sha256(code).hexdigest(),
@@ -216,9 +217,8 @@ def _metadata(
     }
     if (kind := facts[0].adapted) is not None:
         plain = [_said(log.unadapted and log.unadapted[1], log, "its score unadapted") for log in facts]
-        rows = [source.result["scores"]["quantized"] for source in sources]
         found["adapted"] = {
-            **rows[0][adapted(kind)]["adapt"],
+            **sources[0].result["scores"]["quantized"][adapted(kind)]["adapt"],
             "val_bpb_unadapted": statistics.summarize(plain).mean,
             "gain_bpb": statistics.summarize(plain).mean - found["val_bpb"],
         }
@@ -235,22 +235,6 @@ def _hardware(source: Source) -> str:
     except KeyError as error:
         path = source.path / ENVIRONMENT
         raise UserError(f"{path} has no {error}: the run was made by another release, train it again") from error
-
-
-def _row(log: LogFacts, code_bytes: int) -> dict[str, Any]:
-    assert log.artifact_bytes is not None
-    return {
-        "val_loss": log.val_nats,
-        "val_bpb": log.val_bpb,
-        "steps": log.steps,
-        "train_s": log.train_s,
-        "calibrate_s": log.calibrate_s,
-        "quantize_s": log.quantize_s,
-        "score_s": log.score_s,
-        "bytes_model": log.artifact_bytes,
-        "bytes_total": log.artifact_bytes + code_bytes,
-        "model_sha256": log.sha256,
-    }
 
 
 def _said(value: float | None, log: LogFacts, what: str) -> float:

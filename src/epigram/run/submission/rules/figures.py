@@ -11,8 +11,8 @@ from typing import Any
 from epigram.run import statistics
 from epigram.run.submission.findings import Finding
 from epigram.run.submission.logs import LogFacts, is_count
+from epigram.run.submission.measured import measured, seed_row
 from epigram.run.submission.record import Record
-from epigram.run.submission.rules.measured import measured, seed_row
 from epigram.run.submission.rules.values import ROUNDED, agrees, figure, is_number
 
 _TIMES_OURS, _TIMES = 5e-4, 0.5  # seconds: ours are given with three digits, others may be whole
@@ -57,9 +57,9 @@ def _seeds(record: Record) -> Iterator[Finding]:
 def _row(record: Record, log: LogFacts, row: object) -> Iterator[Finding]:
     if not isinstance(row, dict):
         return
-    for key, known in seed_row(record, log).items():
+    for key, known in seed_row(log, record.artifact_bytes(log), record.code_bytes).items():
         said = row.get(key)
-        if said is None:
+        if said is None or known is None:
             continue
         if isinstance(known, str):
             same = str(said).lower() == known.lower()
@@ -123,6 +123,8 @@ def _statistics(record: Record, found: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(rule="json.mean", message=message)
     seeds = len(known.bpb)
     for key, spread in known.spreads().items():
+        if spread is None:
+            continue
         # Others may divide by n and not by n - 1.
         ways = [spread] if record.is_ours else [spread, spread * ((seeds - 1) / seeds) ** 0.5]
         if (said := found.get(key)) is not None and not any(agrees(said, way, ROUNDED) for way in ways):

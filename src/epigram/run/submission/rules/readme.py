@@ -10,8 +10,8 @@ from epigram.config import parse_config
 from epigram.errors import UserError
 from epigram.run.submission import readme as form
 from epigram.run.submission.findings import Finding
+from epigram.run.submission.measured import measured
 from epigram.run.submission.record import Record
-from epigram.run.submission.rules.measured import measured
 
 _MADE = ("Every figure is read from the logs in this folder", form.CODE_START, form.TABLE_START)
 _ASKED = {  # kind of paragraph -> how it may start; the first two must be there
@@ -74,7 +74,7 @@ def _written_again(record: Record) -> str:
     if any(None in (log.val_bpb, log.steps, record.artifact_bytes(log), log.artifact_bytes) for log in logs):
         raise UserError("a log does not say all that the table gives")
     known = measured(record)
-    figures = {"val_bpb_std": None, "val_loss_std": None, **known.means(), **known.spreads(), **known.bytes()}
+    figures = {**known.means(), **known.spreads(), **known.bytes()}
     found = {**(record.json or {}), **figures, "seeds": [log.seed for log in logs]}
     return form.readme(found, logs, config, {"processes": 1})
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from epigram.data.files import sha256_of
 from epigram.run.submission.findings import Finding
 from epigram.run.submission.logs import LogFacts
+from epigram.run.submission.measured import measured
 from epigram.run.submission.record import Record, size_of
 from epigram.run.submission.rules.limits import Limits
-from epigram.run.submission.rules.measured import measured
 from epigram.run.submission.rules.values import agrees, figure
 
 _WHAT = {

@@ -1,10 +1,10 @@
-"""The figures of submission.json as the logs and the files have them."""
+"""The figures of submission.json, from the logs and the files: what `submit` writes and `check` compares with."""
 
 import math
-import statistics as plain
 from dataclasses import dataclass
 from typing import Any
 
+from epigram.run import statistics
 from epigram.run.submission.logs import LogFacts
 from epigram.run.submission.record import Record
 
@@ -19,13 +19,15 @@ class Measured:
     code_bytes: int
 
     def means(self) -> dict[str, float]:
-        return {"val_loss": plain.fmean(self.nats), "val_bpb": plain.fmean(self.bpb)} if self.bpb else {}
-
-    def spreads(self) -> dict[str, float]:
-        """Standard deviations of the sample (n - 1); none of a single seed."""
-        if len(self.bpb) < 2:
+        if not self.bpb:
             return {}
-        return {"val_loss_std": plain.stdev(self.nats), "val_bpb_std": plain.stdev(self.bpb)}
+        return {"val_loss": statistics.summarize(self.nats).mean, "val_bpb": statistics.summarize(self.bpb).mean}
+
+    def spreads(self) -> dict[str, float | None]:
+        """Standard deviations of the sample (n - 1); None for a single seed."""
+        if not self.bpb:
+            return {}
+        return {"val_loss_std": statistics.summarize(self.nats).sd, "val_bpb_std": statistics.summarize(self.bpb).sd}
 
     def bytes(self) -> dict[str, int]:
         found = {"bytes_code": self.code_bytes}
@@ -45,10 +47,9 @@ def measured(record: Record) -> Measured:
     )
 
 
-def seed_row(record: Record, log: LogFacts) -> dict[str, Any]:
-    """A row of `seed_results`: what the log says, without what it does not say."""
-    size = record.artifact_bytes(log)
-    row = {
+def seed_row(log: LogFacts, artifact_bytes: int | None, code_bytes: int) -> dict[str, Any]:
+    """A row of `seed_results`; None for what the log does not say."""
+    return {
         "val_loss": log.val_nats,
         "val_bpb": log.val_bpb,
         "steps": log.steps,
@@ -56,8 +57,7 @@ def seed_row(record: Record, log: LogFacts) -> dict[str, Any]:
         "calibrate_s": log.calibrate_s,
         "quantize_s": log.quantize_s,
         "score_s": log.score_s,
-        "bytes_model": size,
-        "bytes_total": None if size is None else size + record.code_bytes,
+        "bytes_model": artifact_bytes,
+        "bytes_total": None if artifact_bytes is None else artifact_bytes + code_bytes,
         "model_sha256": log.sha256,
     }
-    return {key: value for key, value in row.items() if value is not None}
