@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from epigram.run.submission.logs import LogFacts, read_log
 from epigram.run.submission.measured import Measured, seed_row
 from epigram.run.submission.readme import readme
 from epigram.run.submission.requirements import requirements
+from epigram.run.submission.rules.runs import unlike
 from epigram.run.weights import ARTIFACT
 
 SCRIPT, README, JSON, REQUIREMENTS = "train_gpt.py", "README.md", "submission.json", "requirements.txt"
@@ -127,16 +128,13 @@ def read_runs(runs: Sequence[Path]) -> list[Source]:
 
 def _shared_config(sources: Sequence[Source]) -> Config:
     """The recipe of all runs; they may differ in their seed, and in the bytes of code that they expected."""
-    plain = [_without_seed(source.config) for source in sources]
-    for source, tree in zip(sources, plain, strict=True):
-        if tree != plain[0]:
-            keys = ", ".join(sorted(key for key in tree if tree[key] != plain[0][key]))
-            raise UserError(f"{source.path} has other settings than {sources[0].path} (in {keys}): one recipe a record")
-    return sources[0].config
-
-
-def _without_seed(config: Config) -> dict[str, Any]:
-    return to_tree(replace(config, seed=0, artifact=replace(config.artifact, code_bytes=0)))
+    first = sources[0]
+    for source in sources:
+        if keys := unlike(to_tree(first.config), to_tree(source.config)):
+            raise UserError(
+                f"{source.path} has other settings than {first.path} (in {', '.join(keys)}): one recipe a record"
+            )
+    return first.config
 
 
 def _require_fit(sources: Sequence[Source], code_bytes: int, form: str) -> None:
