@@ -61,8 +61,9 @@ def execute(
     """
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / EVIDENCE).unlink(missing_ok=True)  # until this call knows how it ended
     found = {**describe(cell), "status": "running", "rows": []}
     start_s = time.perf_counter()
     try:
@@ -73,6 +74,7 @@ def execute(
         found["status"] = "finished"
     except StoppedError as error:
         found.update(status="paused", reason=str(error))
+        _keep_run(work / "run", folder, found)  # so that, should the machine be lost, one reads how far it came
     finally:
         found["seconds"] = round(time.perf_counter() - start_s, 1)
         write(folder, found)

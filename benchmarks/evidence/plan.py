@@ -213,10 +213,12 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds, measured: start_s to the first step with warm caches and to the end after the last, export_s an
-    export, pack_s a whole job's packing and own scores, bench_s a timing, score_s by way to score."""
+    """Seconds, measured: start_s to the first step with warm caches and to the end after the last, resume_s what a run
+    that goes on in another call takes longer, export_s an export, pack_s a whole job's packing and own scores, bench_s
+    a timing, score_s by way to score."""
 
     start_s: float
+    resume_s: float
     export_s: float
     pack_s: float
     bench_s: float

@@ -118,7 +118,7 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
         wanted = [cell for cell in self.plan.cells if self._wanted(cell)]
         self.pending = sorted(wanted, key=lambda cell: not self._trained_s(cell))  # what was begun comes first
-        total_s = sum(cell.cost_s for cell in self.pending)
+        total_s = sum(self._cost_s(cell) for cell in self.pending)
         self._say(
             f"{len(self.pending)} cells to run, {total_s:.0f} s of a GPU, on {len(self.slots)} x {self.options.gpu}"
         )
@@ -220,7 +220,7 @@ class _Run:
                 self._dismiss(slot)
             return
         self.pending.remove(cell)
-        about_s = cell.cost_s - self._trained_s(cell)
+        about_s = self._cost_s(cell)
         own = cell.experiment
         slot.log = self.options.work / f"{cell.name}.log"
         job = {
@@ -252,8 +252,13 @@ class _Run:
         """Whether there is time for it; for part of it, where another call goes on with it or it fits into none."""
         left_s = self._left_s()
         in_parts = self.options.goes_on or cell.cost_s > self.options.seconds - _END_S
-        enough = cell.cost_s - self._trained_s(cell) <= left_s
+        enough = self._cost_s(cell) <= left_s
         return enough or (cell.can_pause and in_parts and left_s >= _WORTH_S)
+
+    def _cost_s(self, cell: Cell) -> float:
+        """Seconds that it still takes."""
+        trained_s = self._trained_s(cell)
+        return cell.cost_s - trained_s + (self.plan.costs.resume_s if trained_s else 0)
 
     def _trained_s(self, cell: Cell) -> float:
         """Seconds of training that a paused run of this cell has behind it, 0 where there is none to go on with."""

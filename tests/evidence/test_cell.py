@@ -22,6 +22,7 @@ from epigram.data.dataset import open_data
 from epigram.evaluation.adapt_config import AdaptConfig, LoraConfig
 from epigram.run import checkpoint, train
 from epigram.run.job import export_job, run_job
+from epigram.run.record import LOG
 from epigram.run.score import score_model
 from epigram.run.weights import load_model
 
@@ -163,6 +164,7 @@ def test_a_whole_job_pauses_and_goes_on(data_path: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(train, "train_step", stopped)
     assert run_cell(cell, paused, data_path)["status"] == "paused"
+    assert "step:3/" in (paused / "out" / "whole-s1" / LOG).read_text("utf-8"), "how far it came"
     monkeypatch.undo()
     run_cell(cell, paused, data_path, resume=True)
     assert rows_of(paused, "whole-s1") == rows_of(once, "whole-s1")

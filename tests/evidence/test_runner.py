@@ -136,6 +136,9 @@ def test_a_long_run_pauses_and_goes_on_first(runs: Runs, monkeypatch: pytest.Mon
     monkeypatch.setattr(runner._Run, "_must_pause", lambda _, slot: not slot.pausing and began.exists())
     runs.behave = {"whole-s1": {"sleep": 60, "pauses": True}}
     assert runs(only=["whole-s1"], seconds=11).paused == ["whole-s1"]
+    run = runner._Run(runs.plan, runs.options)
+    cell = next(cell for cell in runs.plan.cells if cell.name == "whole-s1")
+    assert run._cost_s(cell) == cell.cost_s - 3.5 + runs.plan.costs.resume_s
     monkeypatch.undo()
     runs.patch(monkeypatch)
     runs.behave = {}
