@@ -70,6 +70,7 @@ def build(
     transform: str = "",
     cleaning: Cleaning | None = None,
     endpoint: str | None = None,
+    for_score: bool = False,
 ) -> Built:
     """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets; replaces an older data folder.
 
@@ -77,17 +78,19 @@ def build(
     validation text; without it, `val_fraction` of the documents is held out, chosen by hash (see `gather` for
     folders that name their splits). field: holds the text of a record. workers: processes, by default one for
     each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`). cleaning: what
-    to leave out. endpoint: of the hub, by default what its library's settings say.
+    to leave out. endpoint: of the hub, by default what its library's settings say. for_score: the folder is to be
+    scored by a model of `tokenizer_file`, not trained on: all text goes to val, and train is empty.
 
     Raises UserError for settings that cannot be (all of them in one message), DataError for text, a tokenizer
     or a disk that cannot be used; nothing half-written appears at `out`.
     """
     out, cleaning = Path(out), cleaning or Cleaning()
     _check_settings(tokenizer_file, vocab_size, normalization, val_fraction, shard_tokens, workers, cleaning)
+    assert tokenizer_file is not None or not for_score
     marks = transforms.load(transform).MARKS if transform else ""
     check_place(out)
     hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
-    gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint))
+    gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint), for_score=for_score)
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
     _check_spool(out, gathered)
     with Spool(hub, gathered.files, out.with_name(f".{out.name}.spool")) as spool:
@@ -119,7 +122,9 @@ def build(
         with built_beside(out, _fingerprint(plan)) as folder:
             _check_disk(folder, found, trial)
             manifest = _write(folder, plan, found, _workers(workers, found), spool)
-            check_unknown(max(split.unknown_bytes / split.normalized_bytes for split in manifest.splits.values()))
+            check_unknown(
+                max(split.unknown_bytes / max(split.normalized_bytes, 1) for split in manifest.splits.values())
+            )
     notes = (*gathered.notes, *_notes(manifest, vocab_size if training else None))
     return Built(path=out, manifest=manifest, notes=notes)
 
@@ -205,8 +210,9 @@ def _write(folder: Path, plan: Plan, found: Survey, workers: int, spool: Spool) 
     encoding = Encoding(plan, folder, _fingerprint(plan), workers, spool)
     splits = encoding.run(found.total_input_bytes)
     _check_unchanged(plan, found, encoding.documents, stamps)
+    is_for_score = all(file.split == "val" for file in plan.files)
     for split, entry in splits.items():
-        if not entry.documents:
+        if not entry.documents and not (is_for_score and split == "train"):
             duplicates = split == "train" and entry.duplicates
             reason = "val has the same ones" if duplicates else "they are empty, too much alike, or cleaned away"
             raise DataError(f"no documents are left for {split}, {reason}: give more text, or other text for val")

@@ -95,6 +95,7 @@ def gather(
     *,
     exclude: Path | None = None,
     hub: Callable[[], Hub] = Hub,
+    for_score: bool = False,
 ) -> Gathered:
     """All files of `sources` (files, folders, "stdlib"), split as `val_sources` or their names say.
 
@@ -102,7 +103,9 @@ def gather(
     (.jsonl, .parquet), other files are not text to train on and are left out. A folder that has files named
     train and val is split by these names, and a file named test is then left out; otherwise the hash of each
     document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records of a dataset on the hub, treated
-    like a folder; `hub` is asked for them. Raises UserError for a path that does not exist, or is named twice.
+    like a folder; `hub` is asked for them. for_score: all is text of val, but for what a folder's names say is to
+    train on, and a text file is one document as far as `sources.text` allows. Raises UserError for a path that does not
+    exist, or is named twice.
     """
     if not sources:
         raise UserError("there is nothing to read: name a file, a folder, or stdlib")
@@ -118,6 +121,8 @@ def gather(
         elif val_sources:
             found = [replace(file, split="train") for file in found]
         train += found
+    if for_score:
+        train = [_to_score(file) for file in train if file.split != "train"]
     if not train:
         raise DataError(f"no files to train on in {', '.join(map(str, sources))}: name others")
     files = sorted([*val, *train], key=lambda file: file.split != "val")
@@ -128,6 +133,10 @@ def gather(
             "files with --val"
         )
     return Gathered(files=tuple(files), notes=tuple(notes))
+
+
+def _to_score(file: SourceFile) -> SourceFile:
+    return replace(file, split="val", whole=file.kind == base.FALLBACK)
 
 
 def _expand(source: str | Path, exclude: Path | None, notes: list[str], hub: Callable[[], Hub]) -> list[SourceFile]:

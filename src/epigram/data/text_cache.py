@@ -11,7 +11,7 @@ from typing import Any
 
 from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
 from epigram.data.files import sha256_of
-from epigram.data.gather import gather
+from epigram.data.gather import Gathered, gather
 from epigram.data.manifest import MANIFEST, VERSION
 from epigram.data.sources import text
 
@@ -25,12 +25,13 @@ def build_cached(
     normalization: str = "identity",
     val_fraction: float = VAL_FRACTION,
     transform: str = "",
+    for_score: bool = False,
 ) -> tuple[Path, tuple[str, ...]]:
     """The data folder of this text, and sentences for the user when it was built just now.
 
     The name in the cache comes from a hash of the text and of all settings, so a changed text is built anew
     and an unchanged one is found again, wherever it lies. `path` is a file, a folder or "stdlib"; see `build`
-    for the rest.
+    for the rest. Text that is built `for_score` has a name of its own: which file is of which split is in the hash.
     """
     settings: dict[str, Any] = {
         "tokenizer_file": tokenizer_file,
@@ -39,20 +40,21 @@ def build_cached(
         "val_fraction": val_fraction,
         "transform": transform,
     }
-    folder = cache_dir / _name(path, settings)
+    gathered = gather([path], for_score=for_score)
+    folder = cache_dir / _name(path, gathered, settings)
     with _one_at_a_time(folder):
         if (folder / MANIFEST).exists():
             return folder, ()
-        built = build([path], folder, **settings)
+        built = build([path], folder, **settings, for_score=for_score)
     return folder, built.notes
 
 
-def _name(path: Path, settings: dict[str, Any]) -> str:
+def _name(path: Path, gathered: Gathered, settings: dict[str, Any]) -> str:
     """Name in the cache: that of the source, for people, and a hash of all that the result depends on."""
     if settings["tokenizer_file"] is not None:
         trained = {"vocab_size": None, "normalization": None}
         settings = settings | trained | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
-    facts = [VERSION, text.PIECE_BYTES, gather([path]).content_hash(), settings]
+    facts = [VERSION, text.PIECE_BYTES, gathered.content_hash(), settings]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().name).lstrip(".") or "data"
     return f"{readable}-{key[:16]}"

@@ -1,6 +1,7 @@
 """Scores: of the model in training, of the finished one, and of any file on any text."""
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -110,10 +111,10 @@ def score_model(
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
-    Data that is text is transformed and tokenized as the model's own was. max_tokens: only the beginning of the split,
-    0 for all of it. with_probes: put the probes to each method first; ProbeError when one fails. adapt: besides, a
-    score while the model learns, beside that of method sliding. limit_s: of all scores, for one that adapts. Under
-    torchrun the processes share the work; the result is then empty in all but the first.
+    Data that is text is transformed and tokenized as the model's own was, and all of it is scored. max_tokens: only the
+    beginning of the split, 0 for all of it. with_probes: put the probes to each method first; ProbeError when one
+    fails. adapt: besides, a score while the model learns, beside that of method sliding. limit_s: of all scores, for
+    one that adapts. Under torchrun the processes share the work; the result is then empty in all but the first.
     """
     adapt = adapt or AdaptConfig()
     adapts = adapt.kind != "none"
@@ -121,6 +122,8 @@ def score_model(
     if adapts and "sliding" not in methods:
         methods = (*methods, "sliding")
     with open_context(device) as context:
+        if split != "val" and not is_built(Path(data_path)):
+            raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
         model, data = open_both(path, data_path, context)
         seq_len = seq_len or model.context_len
         num_targets = len(data.stream(split)) - 1
@@ -214,18 +217,22 @@ def _print_findings(method: str, findings: list[Finding], context: Context) -> N
 def _print_score(name: str, row: dict[str, Any], context: Context) -> None:
     if context.is_main:
         print(final_line(name, row["val_nats"], row["val_bpb"]), flush=True)
+        print(f"{name}: {row['tokens']:,} tokens, {row['bytes']:,} bytes of text were scored", flush=True)
         if (gain := row.get("gain_bpb")) is not None:
             print(f"{name}: {gain:+.6f} bits per byte better than unadapted, {row['unadapted_bpb']:.6f}", flush=True)
 
 
 def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
-    """Model and data that belong together; UserError where they do not."""
+    """Model and data that belong together, text as a folder whose val is all of it; UserError where they do not."""
     load = partial(load_model, path, str(context.device), shown=context.is_main)
     if not is_built(Path(data_path)):
         model = load()
         with tempfile.TemporaryDirectory() as folder:
             (tokenizer := Path(folder) / TOKENIZER).write_bytes(model.tokenizer.proto)
-            return model, ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform).data
+            opened = ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform, for_score=True)
+        for note in opened.notes:
+            print(f"data: {note}", file=sys.stderr)
+        return model, opened.data
     data = open_data(data_path)
     model = load(tokenizer=data.tokenizer)
     # An artifact carries what encoding needs of a tokenizer, so the files differ where the tokenizers do not.
