@@ -186,14 +186,15 @@ def test_text_file_folder_and_stdlib_like_sources(tmp_path: Path, texts: list[st
     )
 
 
-def test_a_data_folder_is_replaced_and_anything_else_is_not(
+def test_a_data_folder_is_replaced_when_asked_and_anything_else_is_not(
     tmp_path: Path, texts: list[str], tokenizer_file: Path
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is free
     build([source], out, tokenizer_file=tokenizer_file)
-    build([source], out, tokenizer_file=tokenizer_file, shard_tokens=700)
+    build([source], out, tokenizer_file=tokenizer_file, shard_tokens=700, replace=True)
+    assert len(open_data(out).split("train")) > 1
     assert check(out) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "given.model", "out"]
     precious = tmp_path / "precious"
@@ -202,8 +203,31 @@ def test_a_data_folder_is_replaced_and_anything_else_is_not(
     for place in (precious, source):
         before = listing(tmp_path)
         with pytest.raises(UserError, match="is no data folder, so it is not overwritten"):
-            build([source], place, tokenizer_file=tokenizer_file)
+            build([source], place, tokenizer_file=tokenizer_file, replace=True)
         assert listing(tmp_path) == before
+
+
+def test_a_data_folder_of_other_text_stays(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
+    build([source], out, tokenizer_file=tokenizer_file)
+    before = listing(out)
+    build([source], out, tokenizer_file=tokenizer_file)  # the same again
+    assert listing(out) == before
+    with pytest.raises(UserError, match=r"of other text or settings: name another place with --out, or .* --replace"):
+        build([source], out, tokenizer_file=tokenizer_file, seed=1)
+    write_jsonl(source, [*texts[:-1], "one other document"])  # the same names, settings and number of documents
+    with pytest.raises(UserError, match=r"out is a data folder already"):
+        build([source], out, tokenizer_file=tokenizer_file)
+    assert listing(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "given.model", "out"]
+    monkeypatch.setattr("epigram.data.survey._SMALL_INPUT_BYTES", 1000)
+    with pytest.raises(UserError, match=r"is not built again to see whether it is of this text: .* --replace"):
+        build([source], out, tokenizer_file=tokenizer_file)
+    build([source], out, tokenizer_file=tokenizer_file, replace=True)
+    assert check(out) == []
+    assert listing(out) != before
 
 
 BROKEN = [
@@ -305,7 +329,7 @@ def test_whatever_happens_on_the_way_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DataError if isinstance(error, OSError) else type(error)):
-        build([source], tmp_path / "out", tokenizer_file=tokenizer_file, shard_tokens=500)
+        build([source], tmp_path / "out", tokenizer_file=tokenizer_file, shard_tokens=500, replace=True)
     assert listing(tmp_path) == before
 
 

@@ -74,6 +74,7 @@ def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) ->
 @click.option("--near-threshold", default=0.7, show_default=True, help="Share of common word sequences that is near.")
 @click.option("--workers", type=int, help="Processes; by default one a core, up to four.")
 @click.option("--seed", default=0, show_default=True, help="Decides which documents are held out.")
+@click.option("--replace", is_flag=True, help="Replace a data folder of other text or settings that --out holds.")
 @click.option("--json", "as_json", is_flag=True, help="End with the manifest in one line of JSON.")
 def build_command(
     sources: tuple[str, ...],

@@ -3,7 +3,8 @@
 The sources are read twice, large ones in part: the first reading (`survey`) finds what is wrong with the text and draws
 the sample that a tokenizer is trained on; the second encodes. The folder is built beside its place under a hidden name
 and renamed at the end. An error leaves nothing behind; what an interruption leaves is gone on with by the next build of
-the same text with the same settings. Same text and settings: same bytes, whatever the number of processes.
+the same text with the same settings. Same text and settings: same bytes, whatever the number of processes. A folder
+of other text is replaced only when that is asked for: a run that learned from it could not be exported any more.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 from epigram.data.clean import Cleaning
 from epigram.data.encoding import Encoding, Plan
 from epigram.data.files import written_beside
-from epigram.data.gather import BY_HASH, Gathered, gather, is_remote
+from epigram.data.gather import BY_HASH, Gathered, gather, is_data_folder, is_remote
 from epigram.data.hub import Hub
 from epigram.data.manifest import (
     TOKENIZER,
@@ -28,12 +29,13 @@ from epigram.data.manifest import (
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
+    read_manifest,
     write_manifest,
 )
 from epigram.data.place import built_beside, check_place
 from epigram.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TOKEN_BYTES
 from epigram.data.spool import FILES_AT_A_TIME, Spool
-from epigram.data.survey import Survey, Trial, check_unknown, survey, try_tokenizer, val_limit
+from epigram.data.survey import Survey, Trial, check_unknown, is_read_whole, survey, try_tokenizer, val_limit
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.tokenizer_training import check_normalization, check_vocab_size, train_tokenizer
 from epigram.data.transforms import base as transforms
@@ -71,8 +73,9 @@ def build(
     cleaning: Cleaning | None = None,
     endpoint: str | None = None,
     for_score: bool = False,
+    replace: bool = False,
 ) -> Built:
-    """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets; replaces an older data folder.
+    """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets.
 
     tokenizer_file: used instead of training one with `vocab_size` pieces and `normalization`. val_sources:
     validation text; without it, `val_fraction` of the documents is held out, chosen by hash (see `gather` for
@@ -80,6 +83,7 @@ def build(
     each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`). cleaning: what
     to leave out. endpoint: of the hub, by default what its library's settings say. for_score: the folder is to be
     scored by a model of `tokenizer_file`, not trained on: all text goes to val, and train is empty.
+    replace: a data folder of other text or settings that `out` holds.
 
     Raises UserError for settings that cannot be (all of them in one message), DataError for text, a tokenizer
     or a disk that cannot be used; nothing half-written appears at `out`.
@@ -91,6 +95,9 @@ def build(
     check_place(out)
     hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
     gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint), for_score=for_score)
+    must_be_same = not replace and is_data_folder(out)
+    if must_be_same and not is_read_whole(gathered.files):
+        raise UserError(_keep(out, "it is not built again to see whether it is of this text"))
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
     _check_spool(out, gathered)
     with Spool(hub, gathered.files, out.with_name(f".{out.name}.spool")) as spool:
@@ -125,8 +132,22 @@ def build(
             check_unknown(
                 max(split.unknown_bytes / max(split.normalized_bytes, 1) for split in manifest.splits.values())
             )
+            if must_be_same and not _holds(out, manifest):
+                raise UserError(_keep(out, "it is of other text or settings"))
     notes = (*gathered.notes, *_notes(manifest, vocab_size if training else None))
     return Built(path=out, manifest=manifest, notes=notes)
+
+
+def _keep(out: Path, why: str) -> str:
+    return f"{out} is a data folder already, and {why}: name another place with --out, or replace it with --replace"
+
+
+def _holds(out: Path, manifest: Manifest) -> bool:
+    """Whether a data folder is what was built just now."""
+    try:
+        return read_manifest(out) == manifest
+    except DataError:
+        return False
 
 
 def _check_settings(

@@ -61,8 +61,7 @@ def survey(
     local: where a file can be read.
     """
     total = sum(file.input_bytes for file in files)
-    sampled = _sampled(files)
-    is_whole = total <= _SMALL_INPUT_BYTES
+    sampled, is_whole = _sampled(files), is_read_whole(files)
     reading = _Reading(files, sampled, TextSample(seed=seed))
     wanted_documents = _FEW_VAL_DOCUMENTS / val_fraction if val_fraction else 0
 
@@ -88,6 +87,11 @@ def survey(
         total_input_bytes=total,
         sample=reading.sample,
     )
+
+
+def is_read_whole(files: Sequence[SourceFile]) -> bool:
+    """Whether the files are so small that all of them is read before anything is written."""
+    return sum(file.input_bytes for file in files) <= _SMALL_INPUT_BYTES
 
 
 def _sampled(files: Sequence[SourceFile]) -> frozenset[int]:
