@@ -1,5 +1,6 @@
 """Building: what lands in the folder, compared with the text; what is refused, and what remains then: nothing."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -170,6 +171,19 @@ def test_equal_documents_stay_in_one_split(tmp_path: Path, texts: list[str], tok
     assert 3 <= len(val) <= 25  # 12 expected
 
 
+def test_rows_of_a_table_are_documents(tmp_path: Path, texts: list[str], tokenizer_file: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with (folder / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "body"], *enumerate(texts)])
+    (folder / "README").write_text("What this is.")
+    built = build([folder], tmp_path / "out", tokenizer_file=tokenizer_file, field="body")
+    found = documents_of(built.path, "train") + documents_of(built.path, "val")
+    assert sorted(found) == sorted(text.encode() for text in texts)
+    assert built.notes == ("left out, as the folder holds records: README",)
+    assert check(built.path) == []
+
+
 def test_text_file_folder_and_stdlib_like_sources(tmp_path: Path, texts: list[str], tokenizer_file: Path) -> None:
     single = tmp_path / "book.txt"
     single.write_text("\n\n".join(texts))
@@ -238,6 +252,12 @@ BROKEN = [
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', {}, r"line 2 has no field 'text'"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', {"field": "body"}, r"line 1 has no field 'body'"),
     ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, "no text to train on"),
+    (
+        "good.txt",
+        b"good text. " * 2000,
+        {"field": "text"},
+        r"--field text names a field .* only text to read: leave it",
+    ),
     ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], {}, "cut short"),
     ("good.txt", b"good text. " * 2000, {"tokenizer_file": "broken.model"}, "no SentencePiece model"),
     ("good.txt", b"good text. " * 2000, {"tokenizer_file": "gone.model"}, "cannot be read"),

@@ -34,6 +34,7 @@ from epigram.data.manifest import (
 )
 from epigram.data.place import built_beside, check_place
 from epigram.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TOKEN_BYTES
+from epigram.data.sources.base import READING
 from epigram.data.spool import FILES_AT_A_TIME, Spool
 from epigram.data.survey import Survey, Trial, check_unknown, is_read_whole, survey, try_tokenizer, val_limit
 from epigram.data.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ from epigram.data.transforms import base as transforms
 from epigram.errors import DataError, UserError
 
 VOCAB_SIZE = 1024
+FIELD = "text"  # of records
 VAL_FRACTION = 0.05  # of the documents
 _MOST_WORKERS = 4  # by default: each takes about 100 MB
 _SMALL_BYTES = 8 << 20  # of text, that is encoded before worker processes would have started
@@ -67,7 +69,7 @@ def build(
     val_fraction: float = VAL_FRACTION,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
-    field: str = "text",
+    field: str | None = None,
     seed: int = 0,
     transform: str = "",
     cleaning: Cleaning | None = None,
@@ -79,10 +81,10 @@ def build(
 
     tokenizer_file: used instead of training one with `vocab_size` pieces and `normalization`. val_sources:
     validation text; without it, `val_fraction` of the documents is held out, chosen by hash (see `gather` for
-    folders that name their splits). field: holds the text of a record. workers: processes, by default one for
-    each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`). cleaning: what
-    to leave out. endpoint: of the hub, by default what its library's settings say. for_score: the folder is to be
-    scored by a model of `tokenizer_file`, not trained on: all text goes to val, and train is empty.
+    folders that name their splits). field: holds the text of a record, by default "text". workers: processes, by
+    default one for each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`).
+    cleaning: what to leave out. endpoint: of the hub, by default what its library's settings say. for_score: the folder
+    is to be scored by a model of `tokenizer_file`, not trained on: all text goes to val, and train is empty.
     replace: a data folder of other text or settings that `out` holds.
 
     Raises UserError for settings that cannot be (all of them in one message), DataError for text, a tokenizer
@@ -95,6 +97,7 @@ def build(
     check_place(out)
     hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
     gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint), for_score=for_score)
+    field = _field(field, gathered)
     must_be_same = not replace and is_data_folder(out)
     if must_be_same and not is_read_whole(gathered.files):
         raise UserError(_keep(out, "it is not built again to see whether it is of this text"))
@@ -150,6 +153,17 @@ def _holds(out: Path, manifest: Manifest) -> bool:
         return False
 
 
+def _field(given: str | None, gathered: Gathered) -> str:
+    """The field of records; UserError for one that is given in vain."""
+    if given is not None and not any(file.has_fields for file in gathered.files):
+        kinds = ", ".join(sorted({file.kind for file in gathered.files}))
+        raise UserError(
+            f"--field {given} names a field or column of .jsonl, .csv, .tsv or .parquet, and there is only {kinds} to "
+            "read: leave it out"
+        )
+    return FIELD if given is None else given
+
+
 def _check_settings(
     tokenizer_file: str | Path | None,
     vocab_size: int,
@@ -184,6 +198,7 @@ def _fingerprint(plan: Plan) -> str:
     """Hash of all that the bytes of the folder depend on, and of the files as they lie there."""
     facts = [
         VERSION,
+        READING,
         plan.tokenizer.sha256,
         asdict(plan.settings),
         plan.limit,

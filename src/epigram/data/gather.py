@@ -50,6 +50,11 @@ class SourceFile:
             return self.path.stat().st_size
         return sum(len(text) for text in self.documents("text"))
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether its documents are a field of records."""
+        return bool(getattr(base.load(self.kind), "HAS_FIELDS", False))
+
     def stamp(self) -> list[str | int]:
         """What changes when the file does, without reading it."""
         if self.remote is not None:
@@ -100,7 +105,7 @@ def gather(
     """All files of `sources` (files, folders, "stdlib"), split as `val_sources` or their names say.
 
     A folder is walked in the order of names, hidden files and `exclude` left aside. Where it holds records
-    (.jsonl, .parquet), other files are not text to train on and are left out. A folder that has files named
+    (.jsonl, .csv, .parquet), other files are not text to train on and are left out. A folder that has files named
     train and val is split by these names, and a file named test is then left out; otherwise the hash of each
     document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records of a dataset on the hub, treated
     like a folder; `hub` is asked for them. for_score: all is text of val, but for what a folder's names say is to
@@ -167,7 +172,7 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
     kinds = {file.path: base.source_for(Path(file.path)) for file in inside}
     records = [file for file in inside if kinds[file.path] != base.FALLBACK]
     if not records:
-        raise DataError(f"{source} holds no .parquet or .jsonl files: name another folder of the dataset")
+        raise DataError(f"{source} holds no .parquet, .jsonl or .csv files: name another folder of the dataset")
     return [
         SourceFile(
             path=_spool_name(file),

@@ -14,6 +14,7 @@ from epigram.data.files import sha256_of
 from epigram.data.gather import Gathered, gather
 from epigram.data.manifest import MANIFEST, VERSION
 from epigram.data.sources import text
+from epigram.data.sources.base import READING
 
 
 def build_cached(
@@ -54,7 +55,7 @@ def _name(path: Path, gathered: Gathered, settings: dict[str, Any]) -> str:
     if settings["tokenizer_file"] is not None:
         trained = {"vocab_size": None, "normalization": None}
         settings = settings | trained | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
-    facts = [VERSION, text.PIECE_BYTES, gathered.content_hash(), settings]
+    facts = [VERSION, READING, text.PIECE_BYTES, gathered.content_hash(), settings]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().name).lstrip(".") or "data"
     return f"{readable}-{key[:16]}"
