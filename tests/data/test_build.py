@@ -266,7 +266,7 @@ BROKEN = [
         "good.txt",
         b"good text. " * 2000,
         {"vocab_size": 9, "normalization": "x", "val_fraction": 1.0, "shard_tokens": 0, "workers": 0},
-        r"vocab_size = 9 .*normalization = 'x' .*val_fraction = 1\.0 .*shard_tokens = 0 .*workers = 0",
+        r"vocab_size = 9 .*normalization = 'x' .*val_fraction = 1\.0 .* below 1; shard_tokens = 0 .*workers = 0",
     ),
 ]
 
@@ -280,6 +280,39 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, name: str, raw: b
     with pytest.raises(UserError, match=message):
         build([tmp_path / name], tmp_path / "new" / "out", **({"vocab_size": 400} | options))
     assert listing(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    before = listing(tmp_path)
+    monkeypatch.setattr(build_module, "survey", lambda *_, **__: pytest.fail("the text was read"))
+    for place, reason in ((source / "out", "File exists"), (source / "deeper" / "out", "Not a directory")):
+        with pytest.raises(DataError, match=rf"cannot be written \({reason}\): name another place with --out"):
+            build([source], place)
+    assert listing(tmp_path) == before
+
+
+def test_what_may_not_be_written_is_told_too(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tests may write everywhere, so the system's answer is made up."""
+    source, cache = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "cache"
+    first = ensure_built(source, cache, tokenizer_file=tokenizer_file)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr("epigram.data.place.tempfile.TemporaryFile", refuse)
+    with pytest.raises(DataError, match=rf"^{tmp_path} cannot be written \(Permission denied\): name another place"):
+        build([source], tmp_path / "out", tokenizer_file=tokenizer_file)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        DataError, match=rf"^{cache} cannot be written \(Permission denied\): .*epigram data build TEXT"
+    ):
+        ensure_built(source, cache, vocab_size=400)
+    assert ensure_built(source, cache, tokenizer_file=tokenizer_file).data.path == first.data.path, "it only reads"
 
 
 def test_a_bad_document_deep_in_the_text_leaves_nothing(tmp_path: Path, texts: list[str], tokenizer_file: Path) -> None:

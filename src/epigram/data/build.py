@@ -32,7 +32,7 @@ from epigram.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from epigram.data.place import built_beside, check_place
+from epigram.data.place import built_beside, check_place, make_parent
 from epigram.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TOKEN_BYTES
 from epigram.data.sources.base import READING
 from epigram.data.spool import FILES_AT_A_TIME, Spool
@@ -102,6 +102,7 @@ def build(
     if must_be_same and not is_read_whole(gathered.files):
         raise UserError(_keep(out, "it is not built again to see whether it is of this text"))
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
+    make_parent(out)
     _check_spool(out, gathered)
     with Spool(hub, gathered.files, out.with_name(f".{out.name}.spool")) as spool:
         by_hash = any(file.split == BY_HASH for file in gathered.files)
@@ -175,7 +176,7 @@ def _check_settings(
 ) -> None:
     problems = [] if tokenizer_file is not None else check_vocab_size(vocab_size) + check_normalization(normalization)
     if not 0 < val_fraction < 1:
-        problems.append(f"val_fraction = {val_fraction} must lie between 0 and 1")
+        problems.append(f"val_fraction = {val_fraction} must be above 0 and below 1")
     if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
         problems.append(f"shard_tokens = {shard_tokens} must lie between 1 and {MAX_SHARD_TOKENS:,}")
     if workers is not None and workers < 1:
@@ -210,7 +211,6 @@ def _fingerprint(plan: Plan) -> str:
 def _check_spool(out: Path, gathered: Gathered) -> None:
     """DataError when the files of a dataset on the hub, a few at a time, do not fit on the disk."""
     sizes = sorted((file.remote.num_bytes for file in gathered.files if file.remote), reverse=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes[:FILES_AT_A_TIME]), shutil.disk_usage(out.parent).free
     if needed > free:
         raise DataError(

@@ -129,6 +129,9 @@ def gather(
     if for_score:
         train = [_to_score(file) for file in train if file.split != "train"]
     if not train:
+        if taken and not for_score:
+            names = ", ".join(map(str, sources))
+            raise UserError(f"{names} is named both to train on and with --val: name other text for one of them")
         raise DataError(f"no files to train on in {', '.join(map(str, sources))}: name others")
     files = sorted([*val, *train], key=lambda file: file.split != "val")
     _refuse_twice(files)

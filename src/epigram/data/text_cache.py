@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
-from epigram.data.files import sha256_of
+from epigram.data.files import sha256_of, unwritable_explained
 from epigram.data.gather import Gathered, gather
 from epigram.data.manifest import MANIFEST, VERSION
 from epigram.data.sources import text
 from epigram.data.sources.base import READING
+
+_REMEDY = (
+    "what is built of text is kept there, so work in another folder, or build the text with `epigram data build TEXT "
+    "--out DIR` and give --data DIR"
+)
 
 
 def build_cached(
@@ -43,6 +48,8 @@ def build_cached(
     }
     gathered = gather([path], for_score=for_score)
     folder = cache_dir / _name(path, gathered, settings)
+    if (folder / MANIFEST).exists():  # also where nothing can be written any more
+        return folder, ()
     with _one_at_a_time(folder):
         if (folder / MANIFEST).exists():
             return folder, ()
@@ -64,8 +71,10 @@ def _name(path: Path, gathered: Gathered, settings: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let the processes of a run that want the same folder build it once: the others wait, then find it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
+        with unwritable_explained(folder.parent, _REMEDY):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(folder.with_name(f".{folder.name}.lock").open("w"))
         if sys.platform != "win32":
             import fcntl
 
