@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from epigram import plugin
 from epigram.data.lanes import Lane
 from epigram.errors import UserError
 from epigram.evaluation.adapt_config import AdaptConfig
@@ -131,6 +132,8 @@ class ArtifactConfig:
     over_cap: str = "fail"
 
     def __post_init__(self) -> None:
+        if reason := plugin.why_unknown("epigram.artifact.codecs", self.codec):
+            raise ValueError(f"codec: {reason}")
         if self.over_cap not in ("fail", "shrink"):
             raise ValueError(f"over_cap = {self.over_cap!r} must be fail or shrink")
         if not 0 <= self.code_bytes < self.cap_bytes:
@@ -201,6 +204,8 @@ class RunConfig:
             )
             if getattr(self, name) < 0
         ]
+        if reason := plugin.why_unknown("epigram.attention", self.attention, "auto"):
+            problems.append(f"attention: {reason}")
         if self.kernels == "fused" and self.compile == "on":
             problems.append(
                 'kernels = "fused" leaves nothing to compile: with compile = "on" choose kernels = "plain", or set '
@@ -344,8 +349,9 @@ def _read_toml(name_or_path: str) -> dict[str, Any]:
     elif path.suffix == ".toml" and path.is_file():
         text = path.read_text("utf-8")
     else:
+        what = "file" if path.suffix == ".toml" else "recipe"
         raise UserError(
-            f"there is no recipe {name_or_path!r}: choose one of {', '.join(recipe_names())}, or give a .toml file"
+            f"there is no {what} {name_or_path!r}: choose one of {', '.join(recipe_names())}, or give a .toml file"
         )
     try:
         return tomllib.loads(text)

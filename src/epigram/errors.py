@@ -26,8 +26,8 @@ class LostPeerError(UserError):
 
 
 class StoppedError(SystemExit):
-    """The run ended early, in all processes alike, because it was told to by SIGTERM. reason: for the record."""
+    """The run ended early, in all processes alike, as signal `number` had told it to. reason: for the record."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(143)  # what a shell expects
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(128 + number)  # what a shell expects
         self.reason = reason

@@ -21,14 +21,21 @@ def names(package: str) -> list[str]:
     return sorted(name for name in found if name not in _SHARED and not name.startswith("_"))
 
 
+def why_unknown(package: str, name: str, *others: str) -> str | None:
+    """That there is no plugin `name` in `package`, nor is it one of `others`, in a sentence; None where there is."""
+    choices = [*others, *names(package)]
+    if name in choices:
+        return None
+    return f"there is no {name!r} in {package.rsplit('.', 1)[-1]}: choose one of {', '.join(choices)}"
+
+
 def load(package: str, name: str) -> ModuleType:
     """Import plugin `name` of `package`.
 
     Raises UserError when there is no such plugin, or when a library that it needs is not installed or does not load.
     """
-    if name not in names(package):
-        kind = package.rsplit(".", 1)[-1]
-        raise UserError(f"there is no {name!r} in {kind}: choose one of {', '.join(names(package))}")
+    if reason := why_unknown(package, name):
+        raise UserError(reason)
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:

@@ -149,6 +149,9 @@ def test_a_machine_with_a_problem(shell: Shell, monkeypatch):
     ("arguments", "parts"),
     [
         (["train", "smokee"], ["no recipe 'smokee'", "choose one of", "smoke"]),
+        (["train", "nowhere.toml"], ["no file 'nowhere.toml'", "or give a .toml file"]),
+        (["train", "smoke", "--set", "artifact.codec=zip"], ["there is no 'zip' in codecs", "brotli, entropy, store"]),
+        (["train", "smoke", "--set", "run.attention=f9"], ["there is no 'f9' in attention: choose one of auto, "]),
         (["train", "smoke", "--set", "model.layers=3"], ["unknown key model.layers"]),
         (["train", "smoke", "--set", "model"], ["not of the form section.key=value"]),
         (["train", "smoke", "--set", "model.xsa_layers=[9]", "--set", "seed=-1"], ["xsa_layers = [9]"]),

@@ -406,7 +406,8 @@ def test_a_run_goes_on_with_another_number_of_processes(data_path: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "status"), [(signal.SIGTERM, 143, "interrupted"), (signal.SIGUSR1, 0, None)]
+    ("number", "code", "status"),
+    [(signal.SIGTERM, 143, "interrupted"), (signal.SIGINT, 130, "interrupted"), (signal.SIGUSR1, 0, None)],
 )
 def test_a_signal_to_one_process_is_heeded_by_both(data_path: Path, tmp_path: Path, number: int, code: int, status):
     script = f"""
@@ -434,7 +435,8 @@ def test_a_signal_to_one_process_is_heeded_by_both(data_path: Path, tmp_path: Pa
     assert (run / "checkpoints" / "step-00000004").is_dir()
     assert result_of(run)["status"] == (status or "finished")
     if status:
-        assert "stopped by SIGTERM after step 4, whose checkpoint is complete" in result_of(run)["reason"]
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        assert f"stopped by {name} after step 4, whose checkpoint is complete" in result_of(run)["reason"]
 
 
 def test_documents_that_are_late_on_one_process_end_the_score_on_both(finished: Path, data_path: Path, tmp_path: Path):

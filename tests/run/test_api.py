@@ -62,6 +62,14 @@ def test_a_checkpoint_is_the_averaged_float_model(finished: Path, tmp_path: Path
     assert epigram.load(checkpoint.name, "cpu").info["step"] == 8, "named from within its folder"
 
 
+def test_what_is_no_setting_and_no_text(finished: Path):
+    model = epigram.load(finished / "model.epigram", "cpu")
+    with pytest.raises(TypeError, match="no setting temperatur: it has temperature, top_k, top_p, seed"):
+        model.generate("A dog", temperatur=1)
+    with pytest.raises(TypeError, match="not bytes: decode it first"):
+        model.score(b"A dog")
+
+
 def test_nothing_to_load(finished: Path, tmp_path: Path):
     with pytest.raises(UserError, match="there is no model at"):
         epigram.load(tmp_path / "nowhere")

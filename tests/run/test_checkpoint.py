@@ -164,11 +164,15 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", [TENSORS, "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "bit"])
 def test_a_damaged_one_is_named(tmp_path: Path, file: str, damage: str):
     path = save_at(tmp_path, 1) / file
     if damage == "gone":
         path.unlink()
+    elif damage == "bit":
+        whole = bytearray(path.read_bytes())
+        whole[-1] ^= 1  # of a weight, or the last bracket
+        path.write_bytes(whole)
     else:
         path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-5])
     with pytest.raises(UserError, match="step-00000001 is damaged .*remove it"):

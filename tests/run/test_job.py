@@ -361,6 +361,10 @@ def test_text_is_built_once_and_kept(tmp_path: Path, monkeypatch):
     monkeypatch.chdir("/")
     resumed = run_job("", resume=tmp_path / "a", overrides=["budget.max_steps=2"], until="train", device="cpu")
     assert resumed["steps"] == 2, "data are found from another folder too"
+    said = "the training of this run is complete: what follows it is done again"
+    assert said not in log_of(tmp_path / "a")
+    run_job("", resume=tmp_path / "a", overrides=["budget.max_steps=2"], until="train", device="cpu")
+    assert said in log_of(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -44,6 +44,7 @@ def python(*lines: str) -> list[str]:
         (1, UserError, r"a process of the 4 did not succeed \(exit code 1\)"),
         (2, LostPeerError, "a process of the 4 failed"),
         (143, SystemExit, "143"),
+        (130, SystemExit, "130"),
     ],
 )
 def test_failure_of_a_process_is_failure(monkeypatch, code: int, error: type, message: str):
@@ -58,7 +59,18 @@ def test_failure_of_a_process_is_failure(monkeypatch, code: int, error: type, me
 
 @pytest.mark.parametrize(
     ("found", "code"),
-    [([2], 2), ([2, 2], 2), ([-9], 2), ([-9, 2], 2), ([-9, -9], 1), ([143, 143], 143), ([143], 143), ([143, 2], 2)],
+    [
+        ([2], 2),
+        ([2, 2], 2),
+        ([-9], 2),
+        ([-9, 2], 2),
+        ([-9, -9], 1),
+        ([143, 143], 143),
+        ([143], 143),
+        ([143, 2], 2),
+        ([130, 130], 130),
+        ([130, 143], 2),
+    ],
 )
 def test_what_torchrun_makes_of_two_processes(found: list[int], code: int):
     """Of a killed one the other tells; who prints a traceback has told too; where both are killed nobody has."""
@@ -129,8 +141,9 @@ def wait_until(happened, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the processes are found in /proc")
-def test_a_cluster_signals_the_command_and_means_the_run(data_path: Path, tmp_path: Path):
-    """SIGUSR1: a checkpoint, and on it goes. SIGTERM: another, and the end, with one message and the code for it."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_cluster_signals_the_command_and_means_the_run(data_path: Path, tmp_path: Path, number: int, code: int):
+    """SIGUSR1: a checkpoint, and on it goes. The others: another, and the end, with one message and the code for it."""
     run = tmp_path / "run"
     process = started(data_path, run)
     try:
@@ -139,11 +152,11 @@ def test_a_cluster_signals_the_command_and_means_the_run(data_path: Path, tmp_pa
         first = load(run).state["step"]
         steps = len(losses_of(run))
         wait_until(lambda: len(losses_of(run)) > steps + 3, process)
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143, said
+    assert process.returncode == code, said
     assert "Traceback" not in said
     assert load(run).state["step"] > first
     assert "checkpoint of step" in (run / "log.txt").read_text()

@@ -223,7 +223,7 @@ def test_a_used_folder_is_refused_and_untouched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(UserError, match=r"no config\.toml"):
         RunRecord(tmp_path, CONFIG, resume=True)
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="thesis.txt is a file: a run needs a folder"):
         RunRecord(tmp_path / "thesis.txt", CONFIG)
 
 

@@ -7,7 +7,7 @@ print(model.score("Some text.").bpb)
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,9 @@ class Model:
 
     def stream(self, prompt: str, num_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any) -> Iterator[str]:
         """As `generate`, in pieces of valid text as they come. UserError for a prompt that it cannot represent."""
+        known = [field.name for field in fields(Sampling)]
+        if unknown := sorted(sampling.keys() - known):
+            raise TypeError(f"generate has no setting {', '.join(unknown)}: it has {', '.join(known)}")
         try:
             settings = Sampling(**sampling)
         except ValueError as error:
@@ -87,6 +90,8 @@ class Model:
 
         Texts longer than `seq_len` (the training context by default) are scored in windows that advance by `stride`.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"a text is scored, not {type(text).__name__}: decode it first")
         seq_len = seq_len or self.context_len
         codec = TextCodec(self.tokenizer, self.transform)
         tokens = codec.encode(text)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-NNNNNNNN` with tensors in safetensors files and `state.json`. It is written under another
 name through torch.distributed.checkpoint, in whose safetensors format nothing is pickled; every process writes its
-share. `state.json` comes last, and lists all files with their sizes; then the folder is flushed and renamed.
+share. `state.json` comes last, and lists all files with sizes and checksums; then the folder is flushed and renamed.
 
 Names of tensors are "part.name", the same whatever the number of processes. A tensor that several processes hand in is
 the same in all of them and is written by one; one that a single process hands in is written by that; a DTensor is
@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})$")
 _STATE = {"step", "times_s", "trained_s", "loader", "facts"}
 _TENSORS = ".safetensors"
+_CHUNK_BYTES = 1 << 20
 _HEADER_BYTES = 64 * 1024  # of each file, and state.json: in forecasts
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -196,9 +198,11 @@ def load(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text("utf-8"))
         if not isinstance(state, dict) or not state.keys() >= {*_STATE, "files"}:
             raise ValueError(f"{STATE} is not what this release writes")
-        for name, num_bytes in state.pop("files").items():
+        for name, (num_bytes, crc) in state.pop("files").items():
             if (found_bytes := (path / name).stat().st_size) != num_bytes:
                 raise ValueError(f"{name} has {found_bytes:,} bytes instead of {num_bytes:,}")
+            if _crc(path / name) != crc:
+                raise ValueError(f"{name} has other bytes than were written")
         return Checkpoint(_read(path), state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the checkpoint {path} is damaged ({error}): remove it and use an older one") from error
@@ -249,8 +253,9 @@ def _complete(run: Path, step: int, num_bytes: int, state: str, keep: int) -> No
     A checkpoint of this step that is there already (a run resumed at its end) makes way.
     """
     beside, target = _beside(run, step), run / FOLDER / f"step-{step:08d}"
-    files = {path.name: path.stat().st_size for path in beside.iterdir() if path.name.endswith(_TENSORS)}
-    if sum(files.values()) < num_bytes:
+    paths = [path for path in beside.iterdir() if path.name.endswith(_TENSORS)]
+    files = {path.name: (path.stat().st_size, _crc(path)) for path in paths}
+    if sum(size for size, _ in files.values()) < num_bytes:
         raise OSError("files of other processes are not there: all machines of a run need the same file system")
     (beside / STATE).write_text(json.dumps({**json.loads(state), "files": files}), "utf-8")
     for path in (beside / STATE, beside):
@@ -264,6 +269,15 @@ def _complete(run: Path, step: int, num_bytes: int, state: str, keep: int) -> No
         # Under another name first: a run that is killed meanwhile must not leave half of one under this.
         os.replace(old, gone := old.with_name(f".writing-{old.name}"))
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _crc(path: Path) -> int:
+    """CRC-32 of a file's bytes: it finds damage, and is no protection against malice."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _beside(run: Path, step: int) -> Path:

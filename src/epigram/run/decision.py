@@ -9,10 +9,11 @@ from epigram.run.signals import Requests
 
 
 class Decision(NamedTuple):
-    """elapsed_s: the time by rank 0's clock. stop, checkpoint: whether any process was asked to."""
+    """elapsed_s: the time by rank 0's clock. stop: a signal by which a process was asked to, or 0. checkpoint: whether
+    one was asked to."""
 
     elapsed_s: float
-    stop: bool
+    stop: int
     checkpoint: bool
 
 
@@ -23,4 +24,4 @@ def agree(context: Context, elapsed_s: float, requests: Requests) -> Decision:
     """
     own = [elapsed_s if context.is_main else -math.inf, float(requests.stop), float(requests.checkpoint)]
     elapsed_s, stop, checkpoint = collectives.largest(context, own)
-    return Decision(elapsed_s, bool(stop), bool(checkpoint))
+    return Decision(elapsed_s, int(stop), bool(checkpoint))

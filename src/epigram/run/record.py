@@ -255,6 +255,8 @@ def check_new(folder: Path) -> None:
         used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be read: {error.strerror}") from error
+    if used and not folder.is_dir():
+        raise UserError(f"{folder} is a file: a run needs a folder, choose another name")
     if used:
         raise UserError(f"{folder} is not empty: choose another folder, or go on with its run by --resume")
 

@@ -35,8 +35,8 @@ def main() -> None:
 
 def exit_code(found: list[int], num_processes: int) -> int:
     """What to make of the exit codes of those that had failed when torchrun looked; -9 is an end by signal 9."""
-    if set(found) == {128 + signal.SIGTERM}:  # they wrote a checkpoint, as told
-        return 128 + signal.SIGTERM
+    if set(found) in ({128 + signal.SIGTERM}, {128 + signal.SIGINT}):  # they wrote a checkpoint, as told
+        return found[0]
     return UNTOLD if len(found) == num_processes and max(found) < 0 else TOLD
 
 

@@ -1,6 +1,7 @@
 """The training loop: one screen, everything else a call."""
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
     session.clock.start(session.trained_s)
     watch.start(session.trained_s)
     next_checkpoint_s: float | None = None
-    told_s = session.trained_s
+    told_s, first_step = session.trained_s, session.step
 
     def checkpoint_now() -> None:
         pace.drain()  # what the device has not done yet does count
@@ -99,13 +100,16 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
         while True:
             decision = agree(session.context, session.clock.elapsed_s(session.step), requests)
             if decision.stop:
+                record.log("told to stop: writing a checkpoint; told again, it ends at once")
                 checkpoint_now()
-                _stop(session, record)
+                _stop(session, record, decision.stop)
             if decision.checkpoint:
                 requests.checkpoint = False
                 checkpoint_now()
                 record.log(f"checkpoint of step {session.step} begun, as a signal asked")
             if _is_over(session, decision.elapsed_s):
+                if session.step == first_step > 0:
+                    record.log("the training of this run is complete: what follows it is done again")
                 break
             _warn_of_shortfalls(session, record, decision.elapsed_s)
             if run.val_every and session.step % run.val_every == 0:
@@ -284,11 +288,13 @@ def _settle(session: Session, record: RunRecord) -> None:
         record.log(f"warning: {error}; training goes on")
 
 
-def _stop(session: Session, record: RunRecord) -> None:
+def _stop(session: Session, record: RunRecord, number: int) -> None:
     session.saver.wait()
+    by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     raise StoppedError(
-        f"stopped by SIGTERM after step {session.step}, whose checkpoint is complete: go on with "
-        f"epigram train --resume {record.folder}"
+        number,
+        f"stopped by {by} after step {session.step}, whose checkpoint is complete: go on with "
+        f"epigram train --resume {record.folder}",
     )
 
 
