@@ -128,6 +128,33 @@ def test_of_a_folder_that_names_its_splits_the_validation_text_is_scored(finishe
     assert row["bytes"] == len("A dog sees the moon.")
 
 
+def test_a_text_that_the_run_learned_from_is_told(finished: Path, data_path: Path, tmp_path: Path, monkeypatch, capsys):
+    """In a file whose first piece was trained on or held out, and as single documents; not text that is held out."""
+    monkeypatch.chdir(tmp_path)
+    data = open_data(data_path)
+
+    def warning(name: str, *texts: bytes) -> str:
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / name / f"{number}.txt").write_bytes(text)
+        score_model(finished, name, methods=["blocks"], max_tokens=50, device="cpu")
+        return next((line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")), "")
+
+    def first(split: str) -> bytes:
+        """The first document of a split."""
+        tokens = data.stream(split)
+        ends = [*np.flatnonzero(tokens == data.tokenizer.bos_id)[1:].tolist(), len(tokens)]
+        return data.tokenizer.decode_bytes(tokens[: ends[0]])
+
+    assert "1 of 2 documents begin like text that this run learned from" in warning("a", first("train"), b"Another.")
+    assert f"what was held out is scored by --data {data_path}" in warning("b", first("train") + b"And on.")
+    assert "1 of 1 documents" in warning("c", first("val") + first("train"))
+    assert warning("d", first("val"), b"Another.") == ""
+    (tmp_path / "model.epigram").write_bytes((finished / "model.epigram").read_bytes())
+    score_model(tmp_path / "model.epigram", "a", methods=["blocks"], max_tokens=50, device="cpu")
+    assert "warning" not in capsys.readouterr().err, "a file does not say what its model learned from"
+
+
 def test_text_to_train_on_and_to_score_is_kept_apart(finished: Path, tmp_path: Path) -> None:
     path, cache = tmp_path / "a.txt", tmp_path / "cache"
     write_text(path, 200, seed=3)

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
+from epigram.data.dataset import DataFolder
 from epigram.data.files import sha256_of, unwritable_explained
 from epigram.data.gather import Gathered, gather
 from epigram.data.manifest import MANIFEST, VERSION
@@ -55,6 +58,18 @@ def build_cached(
             return folder, ()
         built = build([path], folder, **settings, for_score=for_score)
     return folder, built.notes
+
+
+def num_known(scored: DataFolder, learned: DataFolder) -> int:
+    """Documents of val of `scored` that begin like text that a model of `learned` was trained on.
+
+    That is a document of train, or a longer one that begins with one of val: a text file is cut where a part of it is
+    held out, and is one document where all of it is scored. DataError where a folder says nothing of its documents.
+    """
+    starts, wholes = scored.document_hashes("val").T
+    train, held_out = learned.document_hashes("train"), learned.document_hashes("val")
+    goes_on = np.isin(starts, held_out[:, 0]) & ~np.isin(wholes, held_out[:, 1])
+    return int(np.count_nonzero(goes_on | np.isin(starts, train[:, 0])))
 
 
 def _name(path: Path, gathered: Gathered, settings: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Scores: of the model in training, of the finished one, and of any file on any text."""
 
+import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -27,7 +29,7 @@ from epigram.run.adapt_probe import probe_adapted
 from epigram.run.api import Model
 from epigram.run.choices import attach_attention, attach_kernels, tokens_at_a_time
 from epigram.run.probe import check, probe
-from epigram.run.record import final_line
+from epigram.run.record import RESULT, final_line
 from epigram.run.setup import CACHE, Losses, scoring_losses
 from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
@@ -232,6 +234,8 @@ def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, Data
             opened = ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform, for_score=True)
         for note in opened.notes:
             print(f"data: {note}", file=sys.stderr)
+        if context.is_main:
+            _warn_of_known(path, opened.data)
         return model, opened.data
     data = open_data(data_path)
     model = load(tokenizer=data.tokenizer)
@@ -242,6 +246,24 @@ def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, Data
             "again with `epigram data build ... --tokenizer` and the model's own"
         )
     return model, data
+
+
+def _warn_of_known(run: Path, text: DataFolder) -> None:
+    """Say when a text is one that the run learned from. Only run folders say what they learned from."""
+    from epigram.data.text_cache import num_known  # it was there to build the text
+
+    try:
+        learned = open_data(json.loads((run / RESULT).read_text("utf-8"))["data"])
+        known = num_known(text, learned)
+    except (OSError, ValueError, KeyError):  # no run folder, or its data are elsewhere now
+        return
+    if known:
+        print(
+            f"warning: {known:,} of {len(text.document_hashes('val')):,} documents begin like text that this run "
+            "learned from, so their score is too good: what was held out is scored by "
+            f"--data {shlex.quote(str(learned.path))}",
+            file=sys.stderr,
+        )
 
 
 def is_built(path: Path) -> bool:
