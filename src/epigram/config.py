@@ -113,7 +113,7 @@ class DataConfig:
         if self.normalization not in ("identity", "nmt_nfkc"):
             raise ValueError(f"normalization = {self.normalization!r} must be identity or nmt_nfkc")
         if not 0 < self.val_frac < 1:
-            raise ValueError(f"val_frac = {self.val_frac} must be between 0 and 1")
+            raise ValueError(f"val_frac = {self.val_frac} must be above 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

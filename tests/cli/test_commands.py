@@ -301,21 +301,14 @@ def test_text_is_scored_with_the_tokenizer_of_the_model(shell: Shell, finished: 
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "new.txt", 300, seed=4)
     found = document(shell("score", finished, "--data", "new.txt", "--method", "blocks", "--json"))
-    again = document(shell("score", finished, "--data", "new.txt", "--method", "blocks", "--split", "train", "--json"))
-    model, bpb = load(finished), found["scores"]["blocks"]["val_bpb"]
-    assert found["scores"]["blocks"]["bytes"] + again["scores"]["blocks"]["bytes"] == sum(
-        len(text.encode()) for text in documents_of(tmp_path)
+    text, row = (tmp_path / "new.txt").read_text(), found["scores"]["blocks"]
+    assert row["bytes"] == len(text.encode())
+    assert row["val_bpb"] == pytest.approx(load(finished).score(text[:2000]).bpb, rel=0.2)
+    scored = shell("score", finished, "--data", "new.txt", "--method", "blocks").out
+    assert f"blocks: {row['tokens']:,} tokens, {row['bytes']:,} bytes of text were scored" in scored
+    assert_one_sentence(
+        shell("score", finished, "--data", "new.txt", "--split", "train"), "new.txt is text, all of which is scored"
     )
-    assert bpb == pytest.approx(model.score((tmp_path / "new.txt").read_text()[:2000]).bpb, rel=0.2)
-
-
-def documents_of(folder: Path) -> list[str]:
-    """The documents of the data folder that was built in the cache of `folder`."""
-    from epigram.data.dataset import open_data
-
-    (built,) = (folder / ".cache/epigram/data").glob("new*")
-    data = open_data(built)
-    return [data.tokenizer.decode(data.stream(split)) for split in ("train", "val")]
 
 
 def test_scoring_with_data_of_another_tokenizer(shell: Shell, finished: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Building: what lands in the folder, compared with the text; what is refused, and what remains then: nothing."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -170,6 +171,19 @@ def test_equal_documents_stay_in_one_split(tmp_path: Path, texts: list[str], tok
     assert 3 <= len(val) <= 25  # 12 expected
 
 
+def test_rows_of_a_table_are_documents(tmp_path: Path, texts: list[str], tokenizer_file: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with (folder / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "body"], *enumerate(texts)])
+    (folder / "README").write_text("What this is.")
+    built = build([folder], tmp_path / "out", tokenizer_file=tokenizer_file, field="body")
+    found = documents_of(built.path, "train") + documents_of(built.path, "val")
+    assert sorted(found) == sorted(text.encode() for text in texts)
+    assert built.notes == ("left out, as the folder holds records: README",)
+    assert check(built.path) == []
+
+
 def test_text_file_folder_and_stdlib_like_sources(tmp_path: Path, texts: list[str], tokenizer_file: Path) -> None:
     single = tmp_path / "book.txt"
     single.write_text("\n\n".join(texts))
@@ -186,14 +200,15 @@ def test_text_file_folder_and_stdlib_like_sources(tmp_path: Path, texts: list[st
     )
 
 
-def test_a_data_folder_is_replaced_and_anything_else_is_not(
+def test_a_data_folder_is_replaced_when_asked_and_anything_else_is_not(
     tmp_path: Path, texts: list[str], tokenizer_file: Path
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is free
     build([source], out, tokenizer_file=tokenizer_file)
-    build([source], out, tokenizer_file=tokenizer_file, shard_tokens=700)
+    build([source], out, tokenizer_file=tokenizer_file, shard_tokens=700, replace=True)
+    assert len(open_data(out).split("train")) > 1
     assert check(out) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "given.model", "out"]
     precious = tmp_path / "precious"
@@ -202,8 +217,31 @@ def test_a_data_folder_is_replaced_and_anything_else_is_not(
     for place in (precious, source):
         before = listing(tmp_path)
         with pytest.raises(UserError, match="is no data folder, so it is not overwritten"):
-            build([source], place, tokenizer_file=tokenizer_file)
+            build([source], place, tokenizer_file=tokenizer_file, replace=True)
         assert listing(tmp_path) == before
+
+
+def test_a_data_folder_of_other_text_stays(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
+    build([source], out, tokenizer_file=tokenizer_file)
+    before = listing(out)
+    build([source], out, tokenizer_file=tokenizer_file)  # the same again
+    assert listing(out) == before
+    with pytest.raises(UserError, match=r"of other text or settings: name another place with --out, or .* --replace"):
+        build([source], out, tokenizer_file=tokenizer_file, seed=1)
+    write_jsonl(source, [*texts[:-1], "one other document"])  # the same names, settings and number of documents
+    with pytest.raises(UserError, match=r"out is a data folder already"):
+        build([source], out, tokenizer_file=tokenizer_file)
+    assert listing(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "given.model", "out"]
+    monkeypatch.setattr("epigram.data.survey._SMALL_INPUT_BYTES", 1000)
+    with pytest.raises(UserError, match=r"is not built again to see whether it is of this text: .* --replace"):
+        build([source], out, tokenizer_file=tokenizer_file)
+    build([source], out, tokenizer_file=tokenizer_file, replace=True)
+    assert check(out) == []
+    assert listing(out) != before
 
 
 BROKEN = [
@@ -214,6 +252,12 @@ BROKEN = [
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', {}, r"line 2 has no field 'text'"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', {"field": "body"}, r"line 1 has no field 'body'"),
     ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', {}, "no text to train on"),
+    (
+        "good.txt",
+        b"good text. " * 2000,
+        {"field": "text"},
+        r"--field text names a field .* only text to read: leave it",
+    ),
     ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], {}, "cut short"),
     ("good.txt", b"good text. " * 2000, {"tokenizer_file": "broken.model"}, "no SentencePiece model"),
     ("good.txt", b"good text. " * 2000, {"tokenizer_file": "gone.model"}, "cannot be read"),
@@ -222,7 +266,7 @@ BROKEN = [
         "good.txt",
         b"good text. " * 2000,
         {"vocab_size": 9, "normalization": "x", "val_fraction": 1.0, "shard_tokens": 0, "workers": 0},
-        r"vocab_size = 9 .*normalization = 'x' .*val_fraction = 1\.0 .*shard_tokens = 0 .*workers = 0",
+        r"vocab_size = 9 .*normalization = 'x' .*val_fraction = 1\.0 .* below 1; shard_tokens = 0 .*workers = 0",
     ),
 ]
 
@@ -236,6 +280,39 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, name: str, raw: b
     with pytest.raises(UserError, match=message):
         build([tmp_path / name], tmp_path / "new" / "out", **({"vocab_size": 400} | options))
     assert listing(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    before = listing(tmp_path)
+    monkeypatch.setattr(build_module, "survey", lambda *_, **__: pytest.fail("the text was read"))
+    for place, reason in ((source / "out", "File exists"), (source / "deeper" / "out", "Not a directory")):
+        with pytest.raises(DataError, match=rf"cannot be written \({reason}\): name another place with --out"):
+            build([source], place)
+    assert listing(tmp_path) == before
+
+
+def test_what_may_not_be_written_is_told_too(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tests may write everywhere, so the system's answer is made up."""
+    source, cache = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "cache"
+    first = ensure_built(source, cache, tokenizer_file=tokenizer_file)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr("epigram.data.place.tempfile.TemporaryFile", refuse)
+    with pytest.raises(DataError, match=rf"^{tmp_path} cannot be written \(Permission denied\): name another place"):
+        build([source], tmp_path / "out", tokenizer_file=tokenizer_file)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        DataError, match=rf"^{cache} cannot be written \(Permission denied\): .*epigram data build TEXT"
+    ):
+        ensure_built(source, cache, vocab_size=400)
+    assert ensure_built(source, cache, tokenizer_file=tokenizer_file).data.path == first.data.path, "it only reads"
 
 
 def test_a_bad_document_deep_in_the_text_leaves_nothing(tmp_path: Path, texts: list[str], tokenizer_file: Path) -> None:
@@ -305,7 +382,7 @@ def test_whatever_happens_on_the_way_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DataError if isinstance(error, OSError) else type(error)):
-        build([source], tmp_path / "out", tokenizer_file=tokenizer_file, shard_tokens=500)
+        build([source], tmp_path / "out", tokenizer_file=tokenizer_file, shard_tokens=500, replace=True)
     assert listing(tmp_path) == before
 
 

@@ -45,6 +45,7 @@ def built_from(tmp_path: Path, model: Path, train: list[str], val: list[str], **
         val_sources=[write(tmp_path / "val.jsonl", val)],
         tokenizer_file=model,
         cleaning=Cleaning(**cleaning),
+        replace=True,
     )
 
 

@@ -52,6 +52,9 @@ def test_options_reach_the_build(tmp_path: Path, book: Path, texts: list[str]) -
     asked = {"field": "body", "seed": 3, "val_fraction": 0.0, "shard_tokens": 900}
     assert {key: manifest["settings"][key] for key in asked} == asked
     assert manifest["tokenizer"]["normalization"] == "nmt_nfkc"
+    assert isinstance(call("build", book, "--out", tmp_path / "out").exception, UserError)  # of other text
+    assert call("build", book, "--out", tmp_path / "out", "--vocab-size", 400, "--replace").exit_code == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     result = call("build", book, "--out", tmp_path / "two", "--tokenizer", tmp_path / "out" / "tokenizer.model")
     assert result.exit_code == 0
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["tokenizer"] == manifest["tokenizer"]

@@ -100,7 +100,7 @@ def test_what_cannot_be_gathered(folder, tmp_path: Path) -> None:
         ([tmp_path / "gone.jsonl"], [], UserError, r"no file or folder .*gone\.jsonl"),
         ([tmp_path / "empty"], [], DataError, "holds no files"),
         ([source, source / "a.txt"], [], UserError, "named twice"),
-        ([source / "a.txt"], [source / "a.txt"], DataError, "no files to train on"),
+        ([source / "a.txt"], [source / "a.txt"], UserError, r"a\.txt is named both to train on and with --val"),
         ([built], [], UserError, "built data folder already"),
     ]:
         with pytest.raises(kind, match=message):

@@ -44,6 +44,7 @@ def hub(local: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr("epigram.data.hub._LONGEST_WAIT_S", 0.01)
     files = {f"sample/{path.name}": path.read_bytes() for path in local.iterdir()}
     files |= {"other/000.jsonl": b'{"text": "other"}\n', "README.md": b"hello"}
+    files |= {"tables/000.csv": b"id,body\n" + b"".join(b'%d,"kalo, mi %d"\n' % (i, i) for i in range(40))}
     with FakeHub(files) as server:
         server.stall_s = 0.6
         yield server
@@ -126,9 +127,13 @@ def test_two_builds_do_not_share_a_spool(tmp_path: Path, hub: FakeHub) -> None:
 def test_revisions_and_folders(tmp_path: Path, hub: FakeHub) -> None:
     build_remote(hub, tmp_path, f"hf://datasets/{REPO}@main/sample/000.parquet")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"][0]["documents"] == 15
+    tables = build_remote(hub, tmp_path, f"hf://{REPO}/tables", field="body", replace=True)
+    assert (
+        sum(split["documents"] for split in json.loads((tables / "manifest.json").read_text())["splits"].values()) == 40
+    )
     with pytest.raises(UserError, match="names no dataset: write hf://OWNER/NAME"):
         build_remote(hub, tmp_path, "hf://lonely")
-    with pytest.raises(DataError, match=r"holds no \.parquet or \.jsonl files"):
+    with pytest.raises(DataError, match=r"holds no \.parquet, \.jsonl or \.csv files"):
         build_remote(hub, tmp_path, f"hf://{REPO}/elsewhere")
     with pytest.raises(UserError, match="the hub has no nobody/nothing"):
         build_remote(hub, tmp_path, "hf://nobody/nothing")

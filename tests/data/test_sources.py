@@ -1,6 +1,7 @@
 """Every source against what was written into its files, and against broken files."""
 
 import ast
+import csv
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epigram import plugin
-from epigram.data.sources import base, jsonl, stdlib, text
+from epigram.data.sources import base, jsonl, stdlib, table, text
 from epigram.data.sources.base import split_paragraphs
 from epigram.errors import DataError, UserError
 
@@ -34,7 +35,7 @@ def long_window(raw: bytes) -> bytes:
 
 
 def test_each_source_offers_what_the_builder_uses() -> None:
-    assert plugin.names(base.PACKAGE) == ["jsonl", "parquet", "stdlib", "text"]
+    assert plugin.names(base.PACKAGE) == ["jsonl", "parquet", "stdlib", "table", "text"]
     for name in plugin.names(base.PACKAGE):
         source = base.load(name)
         assert callable(source.claims)
@@ -49,6 +50,8 @@ def test_each_source_offers_what_the_builder_uses() -> None:
         ("a.jsonl.gz", "jsonl"),
         ("a.ndjson", "jsonl"),
         ("a.parquet", "parquet"),
+        ("a.csv", "table"),
+        ("a.TSV", "table"),
         ("stdlib", "stdlib"),
         ("./stdlib.txt", "text"),
         ("a.txt", "text"),
@@ -94,7 +97,10 @@ def test_json_lines_larger_than_any_buffer(tmp_path: Path) -> None:
     [
         (b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
         (b'{"text": "a"}\n[1]\n', r"line 2 is no JSON object"),
-        (b'{"text": "a"}\n\n{"body": "b", "id": 1}\n', r"line 3 has no field 'text': .*'body', 'id'"),
+        (
+            b'{"text": "a"}\n\n{"body": "b", "id": 1}\n',
+            r"line 3 has no field 'text': .*`epigram data build \.\.\. --field NAME`.*'body', 'id'",
+        ),
         (b'{"text": 7}\n', r"line 1: field 'text' holds a int"),
         (b'{"text": null}\n', r"line 1: field 'text' holds a NoneType"),
         (b'{"text": "\xff"}\n', r"is not UTF-8 at line 1, byte 10 \(0xff\)"),
@@ -138,7 +144,7 @@ def test_parquet(tmp_path: Path) -> None:
         table = pyarrow.table({"id": list(range(600)), "text": pyarrow.array(TEXTS * 100, kind)})
         writer.write_table(table, path, row_group_size=130)
         assert list(parquet.documents(path, "text")) == TEXTS * 100
-    with pytest.raises(DataError, match=r"no column 'body'.*'id', 'text'"):
+    with pytest.raises(DataError, match=r"no column 'body'.* --field NAME`.*'id', 'text'"):
         list(parquet.documents(path, "body"))
     with pytest.raises(DataError, match=r"column 'id' holds int64"):
         list(parquet.documents(path, "id"))
@@ -190,10 +196,89 @@ def test_cutting_loses_nothing_and_breaks_no_character(sample: str, target: int,
     assert all(len(piece) <= 2 * target for piece in pieces)
 
 
-def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
+def test_lines_end_in_lf_and_no_mark_is_in_front(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
-    assert list(text.documents(path)) == ["\ufeffone\r\ntwo\rthree\n"]
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\xef\xbb\xbf")
+    assert list(text.documents(path)) == ["one\ntwo\rthree\n\ufeff"]
+    path.write_bytes(b"\xef\xbb\xbfkalo\r\n\xff")
+    with pytest.raises(DataError, match=r"at byte 9 \(0xff\)"):  # of the file
+        list(text.documents(path))
+    path.write_bytes(b"kalo mi te\r\n" * 20_000)
+    assert len(pieces := list(text.documents(path))) > 10
+    assert "".join(pieces) == "kalo mi te\n" * 20_000
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 2, 3])
+def test_a_line_end_is_never_cut_in_two(tmp_path: Path, num_before: int) -> None:
+    """Without any better place the cut is at a number of bytes, here before, within or behind CR LF."""
+    path = tmp_path / "a.txt"
+    size = 2 * text.SMALLEST_PIECE_BYTES
+    raw = b"x" * (size - num_before) + b"\r\n" + b"y" * size
+    path.write_bytes(raw)
+    pieces = list(text.documents(path))
+    assert len(pieces) > 1
+    assert "".join(pieces) == raw.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".jsonl", bytes), (".jsonl.gz", gzip.compress)])
+def test_a_mark_in_front_of_records_is_no_text(tmp_path: Path, suffix: str, pack) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(pack(b"\xef\xbb\xbf" + as_lines([*TEXTS, "kept\r\nas written", "\ufeffthis too"])))
+    assert list(jsonl.documents(path)) == [*TEXTS, "kept\r\nas written", "\ufeffthis too"]
+
+
+@pytest.mark.parametrize(("name", "dialect"), [("a.csv", "excel"), ("a.tsv", "excel-tab"), ("a.csv", "unix")])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_tables(tmp_path: Path, name: str, dialect: str, mark: str) -> None:
+    """What csv writes: commas, tabs, quotes and line ends within fields, a document above csv's own limit."""
+    texts = [*TEXTS, "a, b;\tc", '"', "lines\nof\n\nmany", "x" * 200_000, "\u2028\x0b"]
+    path = tmp_path / name
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(mark)
+        rows = csv.writer(file, dialect)
+        rows.writerow(["text", "the id"])
+        rows.writerows((one, number) for number, one in enumerate(texts))
+    assert list(table.documents(path)) == texts
+    assert list(table.documents(path, "the id")) == [str(number) for number in range(len(texts))]
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))  # within fields too
+    assert list(table.documents(path)) == texts
+
+
+def test_a_table_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_PART_BYTES", 1000)
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n\n" + "".join(f'{i},"row\n{i}"\n' for i in range(400)))
+    parts = list(table.parts(path))
+    assert len(parts) > 3
+    assert sum(part.input_bytes for part in parts) == path.stat().st_size
+    found = [document for part in parts for document in part.documents("text")]
+    assert [one for _, one in found] == [f"row\n{i}" for i in range(400)]
+    assert [where for where, _ in found[:2]] == [f"{path}, line 4", f"{path}, line 6"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", r"no column 'text': .* --field NAME`.*it has none"),
+        (b"id,body\n1,a\n", r"a\.csv has no column 'text': .* --field NAME`.*'id', 'body'"),
+        (b"text,text\n1,a\n", r"several columns 'text'"),
+        (b"id;text\n1;a\n", r"no column 'text': .*'id;text'"),
+        (b"id,text\n1,a\n2,b,c\n", r"line 3: a row of 3 fields ends here, and the first row names 2"),
+        (b"id,text\n1,a\n2\n", r"line 3: a row of 1 fields"),
+        (b'id,text\n1,a\n2,"b\n\n', r"line 4 cannot be read as CSV \(unexpected end of data\)"),
+        (b'id,text\n1,"a"b\n', r"line 2 cannot be read as CSV"),
+        (b'text\n"' + b"xx\n" * 50_000, r"cannot be read as CSV \(field larger than field limit"),
+        (b"id,text\n1,caf\xe9\n", r"is not UTF-8 at line 2, byte 5 \(0xe9\)"),
+        ("id,text\n".encode("utf-16"), r"looks like UTF-16"),
+    ],
+)
+def test_broken_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes, message: str) -> None:
+    monkeypatch.setattr(base, "MAX_DOCUMENT_BYTES", 1 << 16)
+    monkeypatch.setattr(csv, "field_size_limit", lambda *_, set=csv.field_size_limit: set(1 << 16))
+    path = tmp_path / "a.csv"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        list(table.documents(path))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +299,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, raw: bytes, message: str) -> None
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    for source, name in ((text, "gone.txt"), (jsonl, "gone.jsonl")):
+    for source, name in ((text, "gone.txt"), (jsonl, "gone.jsonl"), (table, "gone.csv")):
         with pytest.raises(DataError, match=rf"{name} cannot be read: No such file"):
             list(source.documents(tmp_path / name, "text"))
 

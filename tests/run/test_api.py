@@ -294,8 +294,10 @@ def test_a_stop_ends_the_computation(model: Model, monkeypatch):
 
 
 def test_a_prompt_that_cannot_be_represented(finished: Path, model: Model):
-    with pytest.raises(UserError, match="cannot represent"):
+    with pytest.raises(UserError, match=r"cannot represent .* not valid UTF-8 at character 14"):
         model.stream("half a pair: \ud800")
+    with pytest.raises(UserError, match=r"not valid UTF-8 at character 1:"):  # as the shell's bytes come
+        model.stream(b"\xff".decode("utf-8", "surrogateescape"))
     blind = Model(model.gpt, _without_bytes(model.tokenizer), 128, {})
     with pytest.raises(UserError, match="characters outside its alphabet"):
         blind.generate("茶")

@@ -1,12 +1,16 @@
-"""What a score says of the validation text it was made on."""
+"""What a score says of the validation text it was made on, and of text that is scored whole."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_helpers import write_text
 
+import epigram
 from epigram.data import published
+from epigram.data.cache import ensure_built
 from epigram.data.check import check
 from epigram.data.dataset import open_data
 from epigram.data.published import Published
@@ -16,7 +20,7 @@ from epigram.dist.context import Context
 from epigram.errors import DataError
 from epigram.evaluation.windows import Method
 from epigram.run import choices
-from epigram.run.score import score_split
+from epigram.run.score import score_model, score_split
 from epigram.run.setup import Losses
 
 METHOD = Method(name="blocks", seq_len=16, stride=16)
@@ -88,3 +92,83 @@ def test_a_score_on_another_split_says_so_or_is_not_made(folder: Path) -> None:
     assert found["validation"].startswith(
         "NOT the published one, allowed by choice: the validation split of tiny has 200"
     )
+
+
+@pytest.mark.parametrize("paragraphs", [0, 200])
+def test_a_text_is_scored_whole_as_from_python(finished: Path, tmp_path: Path, monkeypatch, paragraphs: int) -> None:
+    """One document, however long it is: nothing is held out, and no cut begins another."""
+    monkeypatch.chdir(tmp_path)  # for the cache
+    path = tmp_path / "a.txt"
+    write_text(path, paragraphs, seed=3)
+    if not paragraphs:
+        path.write_text("A dog forgets the old moon.")
+    found = score_model(finished, str(path), methods=["sliding"], seq_len=64, stride=16, device="cpu")
+    expected = epigram.load(finished, "cpu").score(path.read_text(), seq_len=64, stride=16)
+    row = found["scores"]["sliding"]
+    assert (row["tokens"], row["bytes"]) == (len(expected.tokens), path.stat().st_size)
+    assert row["val_bpb"] == pytest.approx(expected.bpb, rel=1e-6)
+
+
+def test_every_document_is_scored(finished: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [f"{number}. A dog sees the moon." for number in range(9)] * 2  # repeated ones too
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    row = score_model(finished, "a.jsonl", methods=["blocks"], device="cpu")["scores"]["blocks"]
+    tokenizer = epigram.load(finished, "cpu").tokenizer
+    assert row["tokens"] == sum(1 + len(tokenizer.encode(one)) for one in texts) - 1
+    assert row["bytes"] == sum(map(len, texts))
+
+
+def test_of_a_folder_that_names_its_splits_the_validation_text_is_scored(finished: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name, text in (("train", "The old clock."), ("val", "A dog sees the moon."), ("test", "Nobody.")):
+        (tmp_path / "in" / f"{name}.txt").write_text(text)
+    row = score_model(finished, "in", methods=["blocks"], device="cpu")["scores"]["blocks"]
+    assert row["bytes"] == len("A dog sees the moon.")
+
+
+def test_a_text_that_the_run_learned_from_is_told(finished: Path, data_path: Path, tmp_path: Path, monkeypatch, capsys):
+    """In a file whose first piece was trained on or held out, and as single documents; not text that is held out."""
+    monkeypatch.chdir(tmp_path)
+    data = open_data(data_path)
+
+    def warning(name: str, *texts: bytes) -> str:
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / name / f"{number}.txt").write_bytes(text)
+        score_model(finished, name, methods=["blocks"], max_tokens=50, device="cpu")
+        return next((line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")), "")
+
+    def first(split: str) -> bytes:
+        """The first document of a split."""
+        tokens = data.stream(split)
+        ends = [*np.flatnonzero(tokens == data.tokenizer.bos_id)[1:].tolist(), len(tokens)]
+        return data.tokenizer.decode_bytes(tokens[: ends[0]])
+
+    assert "1 of 2 documents begin like text that this run learned from" in warning("a", first("train"), b"Another.")
+    assert f"what was held out is scored by --data {data_path}" in warning("b", first("train") + b"And on.")
+    assert "1 of 1 documents" in warning("c", first("val") + first("train"))
+    assert warning("d", first("val"), b"Another.") == ""
+    (tmp_path / "model.epigram").write_bytes((finished / "model.epigram").read_bytes())
+    score_model(tmp_path / "model.epigram", "a", methods=["blocks"], max_tokens=50, device="cpu")
+    assert "warning" not in capsys.readouterr().err, "a file does not say what its model learned from"
+
+
+def test_text_to_train_on_and_to_score_is_kept_apart(finished: Path, tmp_path: Path) -> None:
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    write_text(path, 200, seed=3)
+    for _ in range(2):  # the second time out of the cache
+        split = ensure_built(path, cache, tokenizer_file=finished / "tokenizer.model").data
+        whole = ensure_built(path, cache, tokenizer_file=finished / "tokenizer.model", for_score=True).data
+        assert split.split_bytes("train") + split.split_bytes("val") == path.stat().st_size
+        assert split.split_bytes("train") > 0
+        assert (whole.split_bytes("val"), whole.split_bytes("train")) == (path.stat().st_size, 0)
+    assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 2
+
+
+def test_a_text_without_anything_to_score(finished: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"there is no text to score in a\.txt"):
+        score_model(finished, "a.txt", device="cpu")

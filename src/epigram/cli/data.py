@@ -58,7 +58,7 @@ def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) ->
 )
 @click.option("--val-fraction", default=0.05, show_default=True, help="Share of the documents held out, without --val.")
 @click.option("--shard-tokens", default=100_000_000, show_default=True, help="Tokens of a full shard.")
-@click.option("--field", default="text", show_default=True, help="Field or column that holds the text of a record.")
+@click.option("--field", metavar="NAME", help="Field or column that holds the text of a record; by default text.")
 @click.option("--transform", default="", metavar="NAME", help="Of text before it is tokenized: caseops, or none.")
 @click.option("--min-chars", default=0, show_default=True, help="Leave out shorter documents.")
 @click.option(
@@ -74,6 +74,7 @@ def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) ->
 @click.option("--near-threshold", default=0.7, show_default=True, help="Share of common word sequences that is near.")
 @click.option("--workers", type=int, help="Processes; by default one a core, up to four.")
 @click.option("--seed", default=0, show_default=True, help="Decides which documents are held out.")
+@click.option("--replace", is_flag=True, help="Replace a data folder of other text or settings that --out holds.")
 @click.option("--json", "as_json", is_flag=True, help="End with the manifest in one line of JSON.")
 def build_command(
     sources: tuple[str, ...],
@@ -87,8 +88,8 @@ def build_command(
 ) -> None:
     """Build a data folder from text.
 
-    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .parquet, hf://OWNER/NAME[@REVISION][/FOLDER] for a
-    dataset on the hub, or the word stdlib: the documentation that every Python carries. A text file is cut into
+    SOURCE is a text file, a folder, .jsonl (also .gz, .zst), .csv, .tsv, .parquet, hf://OWNER/NAME[@REVISION][/FOLDER]
+    for a dataset on the hub, or the word stdlib: the documentation that every Python carries. A text file is cut into
     documents at paragraph ends; in a folder each file is one. An interrupted build is gone on with.
     """
     from epigram.data.build import build

@@ -10,14 +10,17 @@ import click
 Decorator = Callable[[Any], Any]
 
 
-def data_option(*, required: bool) -> Decorator:
+_DATA_HELP = "A data folder (epigram data build), or a text file or folder of text, which is built first and cached."
+
+
+def data_option(*, required: bool, help_: str = _DATA_HELP) -> Decorator:
     """--data: a built folder, or text."""
     return click.option(
         "--data",
         "data_path",
         metavar="PATH",
         required=required,
-        help="A data folder (epigram data build), or a text file or folder of text, which is built first and cached.",
+        help=help_,
     )
 
 

@@ -10,7 +10,9 @@ from epigram.cli.options import data_option, device_option, finish, json_option,
 
 @click.command("score")
 @click.argument("model", type=click.Path(path_type=Path))
-@data_option(required=True)
+@data_option(required=True,
+             help_="A data folder (epigram data build), of which --split is scored, or a text file or folder of text, "
+             "all of which is scored.")  # fmt: skip
 @click.option("--method", "methods", multiple=True, help="blocks, sliding or streaming (repeatable); by default all.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Tokens in a window; by default the training context.")
 @click.option("--stride", type=click.IntRange(min=1),
@@ -53,7 +55,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Score MODEL (a packed file, a run folder or a checkpoint) on the validation split of --data."""
+    """Score MODEL (a packed file, a run folder or a checkpoint) on a split of the data folder --data, or on a text."""
     from epigram.config import parse_adapt
     from epigram.evaluation.windows import StreamingConfig
     from epigram.run.score import score_model

@@ -3,7 +3,8 @@
 The sources are read twice, large ones in part: the first reading (`survey`) finds what is wrong with the text and draws
 the sample that a tokenizer is trained on; the second encodes. The folder is built beside its place under a hidden name
 and renamed at the end. An error leaves nothing behind; what an interruption leaves is gone on with by the next build of
-the same text with the same settings. Same text and settings: same bytes, whatever the number of processes.
+the same text with the same settings. Same text and settings: same bytes, whatever the number of processes. A folder
+of other text is replaced only when that is asked for: a run that learned from it could not be exported any more.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 from epigram.data.clean import Cleaning
 from epigram.data.encoding import Encoding, Plan
 from epigram.data.files import written_beside
-from epigram.data.gather import BY_HASH, Gathered, gather, is_remote
+from epigram.data.gather import BY_HASH, Gathered, gather, is_data_folder, is_remote
 from epigram.data.hub import Hub
 from epigram.data.manifest import (
     TOKENIZER,
@@ -28,18 +29,21 @@ from epigram.data.manifest import (
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
+    read_manifest,
     write_manifest,
 )
-from epigram.data.place import built_beside, check_place
+from epigram.data.place import built_beside, check_place, make_parent
 from epigram.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TOKEN_BYTES
+from epigram.data.sources.base import READING
 from epigram.data.spool import FILES_AT_A_TIME, Spool
-from epigram.data.survey import Survey, Trial, check_unknown, survey, try_tokenizer, val_limit
+from epigram.data.survey import Survey, Trial, check_unknown, is_read_whole, survey, try_tokenizer, val_limit
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.tokenizer_training import check_normalization, check_vocab_size, train_tokenizer
 from epigram.data.transforms import base as transforms
 from epigram.errors import DataError, UserError
 
 VOCAB_SIZE = 1024
+FIELD = "text"  # of records
 VAL_FRACTION = 0.05  # of the documents
 _MOST_WORKERS = 4  # by default: each takes about 100 MB
 _SMALL_BYTES = 8 << 20  # of text, that is encoded before worker processes would have started
@@ -65,30 +69,40 @@ def build(
     val_fraction: float = VAL_FRACTION,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
-    field: str = "text",
+    field: str | None = None,
     seed: int = 0,
     transform: str = "",
     cleaning: Cleaning | None = None,
     endpoint: str | None = None,
+    for_score: bool = False,
+    replace: bool = False,
 ) -> Built:
-    """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets; replaces an older data folder.
+    """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets.
 
     tokenizer_file: used instead of training one with `vocab_size` pieces and `normalization`. val_sources:
     validation text; without it, `val_fraction` of the documents is held out, chosen by hash (see `gather` for
-    folders that name their splits). field: holds the text of a record. workers: processes, by default one for
-    each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`). cleaning: what
-    to leave out. endpoint: of the hub, by default what its library's settings say.
+    folders that name their splits). field: holds the text of a record, by default "text". workers: processes, by
+    default one for each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`).
+    cleaning: what to leave out. endpoint: of the hub, by default what its library's settings say. for_score: the folder
+    is to be scored by a model of `tokenizer_file`, not trained on: all text goes to val, and train is empty.
+    replace: a data folder of other text or settings that `out` holds.
 
     Raises UserError for settings that cannot be (all of them in one message), DataError for text, a tokenizer
     or a disk that cannot be used; nothing half-written appears at `out`.
     """
     out, cleaning = Path(out), cleaning or Cleaning()
     _check_settings(tokenizer_file, vocab_size, normalization, val_fraction, shard_tokens, workers, cleaning)
+    assert tokenizer_file is not None or not for_score
     marks = transforms.load(transform).MARKS if transform else ""
     check_place(out)
     hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
-    gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint))
+    gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint), for_score=for_score)
+    field = _field(field, gathered)
+    must_be_same = not replace and is_data_folder(out)
+    if must_be_same and not is_read_whole(gathered.files):
+        raise UserError(_keep(out, "it is not built again to see whether it is of this text"))
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file is not None else None
+    make_parent(out)
     _check_spool(out, gathered)
     with Spool(hub, gathered.files, out.with_name(f".{out.name}.spool")) as spool:
         by_hash = any(file.split == BY_HASH for file in gathered.files)
@@ -119,9 +133,36 @@ def build(
         with built_beside(out, _fingerprint(plan)) as folder:
             _check_disk(folder, found, trial)
             manifest = _write(folder, plan, found, _workers(workers, found), spool)
-            check_unknown(max(split.unknown_bytes / split.normalized_bytes for split in manifest.splits.values()))
+            check_unknown(
+                max(split.unknown_bytes / max(split.normalized_bytes, 1) for split in manifest.splits.values())
+            )
+            if must_be_same and not _holds(out, manifest):
+                raise UserError(_keep(out, "it is of other text or settings"))
     notes = (*gathered.notes, *_notes(manifest, vocab_size if training else None))
     return Built(path=out, manifest=manifest, notes=notes)
+
+
+def _keep(out: Path, why: str) -> str:
+    return f"{out} is a data folder already, and {why}: name another place with --out, or replace it with --replace"
+
+
+def _holds(out: Path, manifest: Manifest) -> bool:
+    """Whether a data folder is what was built just now."""
+    try:
+        return read_manifest(out) == manifest
+    except DataError:
+        return False
+
+
+def _field(given: str | None, gathered: Gathered) -> str:
+    """The field of records; UserError for one that is given in vain."""
+    if given is not None and not any(file.has_fields for file in gathered.files):
+        kinds = ", ".join(sorted({file.kind for file in gathered.files}))
+        raise UserError(
+            f"--field {given} names a field or column of .jsonl, .csv, .tsv or .parquet, and there is only {kinds} to "
+            "read: leave it out"
+        )
+    return FIELD if given is None else given
 
 
 def _check_settings(
@@ -135,7 +176,7 @@ def _check_settings(
 ) -> None:
     problems = [] if tokenizer_file is not None else check_vocab_size(vocab_size) + check_normalization(normalization)
     if not 0 < val_fraction < 1:
-        problems.append(f"val_fraction = {val_fraction} must lie between 0 and 1")
+        problems.append(f"val_fraction = {val_fraction} must be above 0 and below 1")
     if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
         problems.append(f"shard_tokens = {shard_tokens} must lie between 1 and {MAX_SHARD_TOKENS:,}")
     if workers is not None and workers < 1:
@@ -158,6 +199,7 @@ def _fingerprint(plan: Plan) -> str:
     """Hash of all that the bytes of the folder depend on, and of the files as they lie there."""
     facts = [
         VERSION,
+        READING,
         plan.tokenizer.sha256,
         asdict(plan.settings),
         plan.limit,
@@ -169,7 +211,6 @@ def _fingerprint(plan: Plan) -> str:
 def _check_spool(out: Path, gathered: Gathered) -> None:
     """DataError when the files of a dataset on the hub, a few at a time, do not fit on the disk."""
     sizes = sorted((file.remote.num_bytes for file in gathered.files if file.remote), reverse=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes[:FILES_AT_A_TIME]), shutil.disk_usage(out.parent).free
     if needed > free:
         raise DataError(
@@ -205,8 +246,9 @@ def _write(folder: Path, plan: Plan, found: Survey, workers: int, spool: Spool) 
     encoding = Encoding(plan, folder, _fingerprint(plan), workers, spool)
     splits = encoding.run(found.total_input_bytes)
     _check_unchanged(plan, found, encoding.documents, stamps)
+    is_for_score = all(file.split == "val" for file in plan.files)
     for split, entry in splits.items():
-        if not entry.documents:
+        if not entry.documents and not (is_for_score and split == "train"):
             duplicates = split == "train" and entry.duplicates
             reason = "val has the same ones" if duplicates else "they are empty, too much alike, or cleaned away"
             raise DataError(f"no documents are left for {split}, {reason}: give more text, or other text for val")

@@ -135,6 +135,15 @@ def full_disk_explained(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unwritable_explained(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn the system's error for a folder that cannot be made or written into a sentence. remedy: what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): {remedy}") from error
+
+
+@contextlib.contextmanager
 def held_alone(folder: Path) -> Iterator[None]:
     """Keep other processes from filling `folder` at the same time: what one has verified, another could write into.
 

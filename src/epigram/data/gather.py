@@ -50,6 +50,11 @@ class SourceFile:
             return self.path.stat().st_size
         return sum(len(text) for text in self.documents("text"))
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether its documents are a field of records."""
+        return bool(getattr(base.load(self.kind), "HAS_FIELDS", False))
+
     def stamp(self) -> list[str | int]:
         """What changes when the file does, without reading it."""
         if self.remote is not None:
@@ -95,14 +100,17 @@ def gather(
     *,
     exclude: Path | None = None,
     hub: Callable[[], Hub] = Hub,
+    for_score: bool = False,
 ) -> Gathered:
     """All files of `sources` (files, folders, "stdlib"), split as `val_sources` or their names say.
 
     A folder is walked in the order of names, hidden files and `exclude` left aside. Where it holds records
-    (.jsonl, .parquet), other files are not text to train on and are left out. A folder that has files named
+    (.jsonl, .csv, .parquet), other files are not text to train on and are left out. A folder that has files named
     train and val is split by these names, and a file named test is then left out; otherwise the hash of each
     document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records of a dataset on the hub, treated
-    like a folder; `hub` is asked for them. Raises UserError for a path that does not exist, or is named twice.
+    like a folder; `hub` is asked for them. for_score: all is text of val, but for what a folder's names say is to
+    train on, and a text file is one document as far as `sources.text` allows. Raises UserError for a path that does not
+    exist, or is named twice.
     """
     if not sources:
         raise UserError("there is nothing to read: name a file, a folder, or stdlib")
@@ -118,7 +126,12 @@ def gather(
         elif val_sources:
             found = [replace(file, split="train") for file in found]
         train += found
+    if for_score:
+        train = [_to_score(file) for file in train if file.split != "train"]
     if not train:
+        if taken and not for_score:
+            names = ", ".join(map(str, sources))
+            raise UserError(f"{names} is named both to train on and with --val: name other text for one of them")
         raise DataError(f"no files to train on in {', '.join(map(str, sources))}: name others")
     files = sorted([*val, *train], key=lambda file: file.split != "val")
     _refuse_twice(files)
@@ -128,6 +141,10 @@ def gather(
             "files with --val"
         )
     return Gathered(files=tuple(files), notes=tuple(notes))
+
+
+def _to_score(file: SourceFile) -> SourceFile:
+    return replace(file, split="val", whole=file.kind == base.FALLBACK)
 
 
 def _expand(source: str | Path, exclude: Path | None, notes: list[str], hub: Callable[[], Hub]) -> list[SourceFile]:
@@ -158,7 +175,7 @@ def _remote(source: str, hub: Hub) -> list[SourceFile]:
     kinds = {file.path: base.source_for(Path(file.path)) for file in inside}
     records = [file for file in inside if kinds[file.path] != base.FALLBACK]
     if not records:
-        raise DataError(f"{source} holds no .parquet or .jsonl files: name another folder of the dataset")
+        raise DataError(f"{source} holds no .parquet, .jsonl or .csv files: name another folder of the dataset")
     return [
         SourceFile(
             path=_spool_name(file),

@@ -5,14 +5,16 @@ import glob
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from epigram.data.files import remove_half_written, sync_folder
+from epigram.data.files import remove_half_written, sync_folder, unwritable_explained
 from epigram.data.gather import is_data_folder
 from epigram.data.journal import has_journal, journal_age_s, journal_fingerprint, remove_journal
 from epigram.errors import UserError
 
+_REMEDY = "name another place with --out, or make this one writable"
 _SILENT_S = 900.0  # a journal is written every half minute
 
 
@@ -24,6 +26,14 @@ def check_place(out: Path) -> None:
         raise UserError(f"{out} exists and is no data folder, so it is not overwritten: name another, or remove it")
 
 
+def make_parent(out: Path) -> None:
+    """Make the folder that `out` will lie in; DataError when nothing can be written there, before any work is done."""
+    with unwritable_explained(out.parent, _REMEDY):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+
+
 @contextlib.contextmanager
 def built_beside(out: Path, fingerprint: str = "") -> Iterator[Path]:
     """A folder that takes the place of `out` when the block ends well, and is removed if not.
@@ -31,7 +41,7 @@ def built_beside(out: Path, fingerprint: str = "") -> Iterator[Path]:
     It is empty, or what an interrupted build with the same `fingerprint` left (`data.journal`). A folder with a journal
     outlives an interruption, a full disk or a killed process; a mistake of the user's that comes to light removes it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     folder = out.with_name(f"{_building(out)}{socket.gethostname()}-{os.getpid()}")
     try:
         if left := _left_over(out, fingerprint):

@@ -61,8 +61,8 @@ def survey(
     local: where a file can be read.
     """
     total = sum(file.input_bytes for file in files)
-    is_whole = total <= _SMALL_INPUT_BYTES
-    reading = _Reading(files, TextSample(seed=seed))
+    sampled, is_whole = _sampled(files), is_read_whole(files)
+    reading = _Reading(files, sampled, TextSample(seed=seed))
     wanted_documents = _FEW_VAL_DOCUMENTS / val_fraction if val_fraction else 0
 
     def is_enough() -> bool:
@@ -71,12 +71,14 @@ def survey(
         return reading.sample.seen_bytes >= (_SAMPLED_BYTES if for_training else _TRIAL_BYTES)
 
     with Progress("reading the text", unit="MB") as progress:
-        for index in _order(files, seed, is_whole):
+        for index in _order(files, sampled, seed, is_whole):
             reading.read(index, field, local, is_enough, progress)
             if is_enough():
                 break
     if not reading.sample.num_bytes:
-        raise DataError(f"there is no text to train on in {', '.join(file.name for file in files)}: name other sources")
+        names = ", ".join(file.name for file in files)
+        purpose = "score" if all(file.split == "val" for file in files) else "train on"
+        raise DataError(f"there is no text to {purpose} in {names}: name other sources")
     return Survey(
         documents=tuple(reading.documents) if is_whole else None,
         num_documents=reading.num_documents,
@@ -87,12 +89,22 @@ def survey(
     )
 
 
-def _order(files: Sequence[SourceFile], seed: int, is_whole: bool) -> list[int]:
-    """All files as they come; of a large input those to train on, remote ones as they come (they are fetched in this
+def is_read_whole(files: Sequence[SourceFile]) -> bool:
+    """Whether the files are so small that all of them is read before anything is written."""
+    return sum(file.input_bytes for file in files) <= _SMALL_INPUT_BYTES
+
+
+def _sampled(files: Sequence[SourceFile]) -> frozenset[int]:
+    """The files that a sample is drawn from: those to train on, or all where everything is to be scored."""
+    return frozenset(index for index, file in enumerate(files) if file.split != "val") or frozenset(range(len(files)))
+
+
+def _order(files: Sequence[SourceFile], sampled: frozenset[int], seed: int, is_whole: bool) -> list[int]:
+    """All files as they come; of a large input those to sample, remote ones as they come (they are fetched in this
     order too), others shuffled."""
     if is_whole:
         return list(range(len(files)))
-    order = [index for index, file in enumerate(files) if file.split != "val"]
+    order = sorted(sampled)
     if not any(file.remote for file in files):
         random.Random(seed).shuffle(order)
     return order
@@ -101,11 +113,11 @@ def _order(files: Sequence[SourceFile], seed: int, is_whole: bool) -> list[int]:
 class _Reading:
     """Sums over what was read so far."""
 
-    def __init__(self, files: Sequence[SourceFile], sample: TextSample) -> None:
+    def __init__(self, files: Sequence[SourceFile], sampled: frozenset[int], sample: TextSample) -> None:
         self.documents = [0] * len(files)
         self.num_documents = self.num_bytes = self.input_bytes = 0
         self.sample = sample
-        self._files = files
+        self._files, self._sampled = files, sampled
 
     def read(
         self,
@@ -122,7 +134,7 @@ class _Reading:
                 self.documents[index] += 1
                 self.num_documents += 1
                 self.num_bytes += len(text.encode("utf-8"))
-                if file.split != "val":
+                if index in self._sampled:
                     self.sample.add(text)
                 progress.update(self.num_bytes / 1e6)
             self.input_bytes += work.part.input_bytes

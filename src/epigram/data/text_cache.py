@@ -9,11 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
-from epigram.data.files import sha256_of
-from epigram.data.gather import gather
+from epigram.data.dataset import DataFolder
+from epigram.data.files import sha256_of, unwritable_explained
+from epigram.data.gather import Gathered, gather
 from epigram.data.manifest import MANIFEST, VERSION
 from epigram.data.sources import text
+from epigram.data.sources.base import READING
+
+_REMEDY = (
+    "what is built of text is kept there, so work in another folder, or build the text with `epigram data build TEXT "
+    "--out DIR` and give --data DIR"
+)
 
 
 def build_cached(
@@ -25,12 +34,13 @@ def build_cached(
     normalization: str = "identity",
     val_fraction: float = VAL_FRACTION,
     transform: str = "",
+    for_score: bool = False,
 ) -> tuple[Path, tuple[str, ...]]:
     """The data folder of this text, and sentences for the user when it was built just now.
 
     The name in the cache comes from a hash of the text and of all settings, so a changed text is built anew
     and an unchanged one is found again, wherever it lies. `path` is a file, a folder or "stdlib"; see `build`
-    for the rest.
+    for the rest. Text that is built `for_score` has a name of its own: which file is of which split is in the hash.
     """
     settings: dict[str, Any] = {
         "tokenizer_file": tokenizer_file,
@@ -39,20 +49,35 @@ def build_cached(
         "val_fraction": val_fraction,
         "transform": transform,
     }
-    folder = cache_dir / _name(path, settings)
+    gathered = gather([path], for_score=for_score)
+    folder = cache_dir / _name(path, gathered, settings)
+    if (folder / MANIFEST).exists():  # also where nothing can be written any more
+        return folder, ()
     with _one_at_a_time(folder):
         if (folder / MANIFEST).exists():
             return folder, ()
-        built = build([path], folder, **settings)
+        built = build([path], folder, **settings, for_score=for_score)
     return folder, built.notes
 
 
-def _name(path: Path, settings: dict[str, Any]) -> str:
+def num_known(scored: DataFolder, learned: DataFolder) -> int:
+    """Documents of val of `scored` that begin like text that a model of `learned` was trained on.
+
+    That is a document of train, or a longer one that begins with one of val: a text file is cut where a part of it is
+    held out, and is one document where all of it is scored. DataError where a folder says nothing of its documents.
+    """
+    starts, wholes = scored.document_hashes("val").T
+    train, held_out = learned.document_hashes("train"), learned.document_hashes("val")
+    goes_on = np.isin(starts, held_out[:, 0]) & ~np.isin(wholes, held_out[:, 1])
+    return int(np.count_nonzero(goes_on | np.isin(starts, train[:, 0])))
+
+
+def _name(path: Path, gathered: Gathered, settings: dict[str, Any]) -> str:
     """Name in the cache: that of the source, for people, and a hash of all that the result depends on."""
     if settings["tokenizer_file"] is not None:
         trained = {"vocab_size": None, "normalization": None}
         settings = settings | trained | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
-    facts = [VERSION, text.PIECE_BYTES, gather([path]).content_hash(), settings]
+    facts = [VERSION, READING, text.PIECE_BYTES, gathered.content_hash(), settings]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().name).lstrip(".") or "data"
     return f"{readable}-{key[:16]}"
@@ -61,8 +86,10 @@ def _name(path: Path, settings: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let the processes of a run that want the same folder build it once: the others wait, then find it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
+        with unwritable_explained(folder.parent, _REMEDY):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(folder.with_name(f".{folder.name}.lock").open("w"))
         if sys.platform != "win32":
             import fcntl
 

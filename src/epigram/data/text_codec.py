@@ -1,5 +1,6 @@
 """Text to the ids that a model was trained on, and back: the tokenizer, and in front of it maybe a text transform."""
 
+import re
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.transforms.base import count_original, load
 from epigram.errors import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Decoder(Protocol):
@@ -29,10 +32,15 @@ class TextCodec:
     def encode(self, text: str) -> NDArray[np.uint16]:
         """The BOS and the ids of `text`, (n + 1,); UserError where they would not stand for it."""
         tokenizer = self._tokenizer
+        if half := _SURROGATE.search(text):  # of a pair, or what Python makes of bytes that it could not decode
+            raise UserError(
+                f"the tokenizer cannot represent this text: it is not valid UTF-8 at character {half.start() + 1:,}: "
+                "convert it to UTF-8 (for example with iconv), or leave that character out"
+            )
         if self._transform is None:
             if tokenizer.can_encode(text):
                 return np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.uint16)
-        elif not any("\ud800" <= character <= "\udfff" for character in text):  # halves of surrogate pairs
+        else:
             transformed = self._transform.encode(tokenizer.normalize(text))
             ids = tokenizer.encode_normalized(transformed)
             if tokenizer.decode_bytes(ids) == transformed.encode("utf-8"):

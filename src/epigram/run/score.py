@@ -1,6 +1,9 @@
 """Scores: of the model in training, of the finished one, and of any file on any text."""
 
+import json
 import math
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +29,7 @@ from epigram.run.adapt_probe import probe_adapted
 from epigram.run.api import Model
 from epigram.run.choices import attach_attention, attach_kernels, tokens_at_a_time
 from epigram.run.probe import check, probe
-from epigram.run.record import final_line
+from epigram.run.record import RESULT, final_line
 from epigram.run.setup import CACHE, Losses, scoring_losses
 from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
@@ -110,10 +113,10 @@ def score_model(
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
-    Data that is text is transformed and tokenized as the model's own was. max_tokens: only the beginning of the split,
-    0 for all of it. with_probes: put the probes to each method first; ProbeError when one fails. adapt: besides, a
-    score while the model learns, beside that of method sliding. limit_s: of all scores, for one that adapts. Under
-    torchrun the processes share the work; the result is then empty in all but the first.
+    Data that is text is transformed and tokenized as the model's own was, and all of it is scored. max_tokens: only the
+    beginning of the split, 0 for all of it. with_probes: put the probes to each method first; ProbeError when one
+    fails. adapt: besides, a score while the model learns, beside that of method sliding. limit_s: of all scores, for
+    one that adapts. Under torchrun the processes share the work; the result is then empty in all but the first.
     """
     adapt = adapt or AdaptConfig()
     adapts = adapt.kind != "none"
@@ -121,6 +124,8 @@ def score_model(
     if adapts and "sliding" not in methods:
         methods = (*methods, "sliding")
     with open_context(device) as context:
+        if split != "val" and not is_built(Path(data_path)):
+            raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
         model, data = open_both(path, data_path, context)
         seq_len = seq_len or model.context_len
         num_targets = len(data.stream(split)) - 1
@@ -214,18 +219,24 @@ def _print_findings(method: str, findings: list[Finding], context: Context) -> N
 def _print_score(name: str, row: dict[str, Any], context: Context) -> None:
     if context.is_main:
         print(final_line(name, row["val_nats"], row["val_bpb"]), flush=True)
+        print(f"{name}: {row['tokens']:,} tokens, {row['bytes']:,} bytes of text were scored", flush=True)
         if (gain := row.get("gain_bpb")) is not None:
             print(f"{name}: {gain:+.6f} bits per byte better than unadapted, {row['unadapted_bpb']:.6f}", flush=True)
 
 
 def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
-    """Model and data that belong together; UserError where they do not."""
+    """Model and data that belong together, text as a folder whose val is all of it; UserError where they do not."""
     load = partial(load_model, path, str(context.device), shown=context.is_main)
     if not is_built(Path(data_path)):
         model = load()
         with tempfile.TemporaryDirectory() as folder:
             (tokenizer := Path(folder) / TOKENIZER).write_bytes(model.tokenizer.proto)
-            return model, ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform).data
+            opened = ensure_built(data_path, CACHE, tokenizer_file=tokenizer, transform=model.transform, for_score=True)
+        for note in opened.notes:
+            print(f"data: {note}", file=sys.stderr)
+        if context.is_main:
+            _warn_of_known(path, opened.data)
+        return model, opened.data
     data = open_data(data_path)
     model = load(tokenizer=data.tokenizer)
     # An artifact carries what encoding needs of a tokenizer, so the files differ where the tokenizers do not.
@@ -235,6 +246,24 @@ def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, Data
             "again with `epigram data build ... --tokenizer` and the model's own"
         )
     return model, data
+
+
+def _warn_of_known(run: Path, text: DataFolder) -> None:
+    """Say when a text is one that the run learned from. Only run folders say what they learned from."""
+    from epigram.data.text_cache import num_known  # it was there to build the text
+
+    try:
+        learned = open_data(json.loads((run / RESULT).read_text("utf-8"))["data"])
+        known = num_known(text, learned)
+    except (OSError, ValueError, KeyError):  # no run folder, or its data are elsewhere now
+        return
+    if known:
+        print(
+            f"warning: {known:,} of {len(text.document_hashes('val')):,} documents begin like text that this run "
+            "learned from, so their score is too good: what was held out is scored by "
+            f"--data {shlex.quote(str(learned.path))}",
+            file=sys.stderr,
+        )
 
 
 def is_built(path: Path) -> bool:

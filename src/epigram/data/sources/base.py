@@ -15,11 +15,13 @@ and, where they apply, two more:
                                    where a file can be cut without decoding it, so that documents are decoded where
                                    they are encoded
 
-They are importable without the source's own library, which is imported when text is read. Documents may be empty;
-whoever reads them drops those. Whatever the file, a source holds a bounded part of it in memory
-(`MAX_DOCUMENT_BYTES`).
+One whose `field` means something says HAS_FIELDS = True. They are importable without the source's own library, which is
+imported when text is read. Documents may be empty; whoever reads them drops those. Whatever the file, a source holds a
+bounded part of it in memory (`MAX_DOCUMENT_BYTES`).
 """
 
+import codecs
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,9 @@ PACKAGE = "epigram.data.sources"
 FALLBACK = "text"  # reads whatever no other source claims
 MAX_DOCUMENT_BYTES = 16 << 20  # of one record, so that memory stays bounded whatever the input
 READ_BYTES = 1 << 20
+READING = 2  # raised when the same files give other documents than before: what was built of them is then built anew
+BOM = "\ufeff"  # in front of a file it marks the encoding, and is no text
+_BOM_BYTES = codecs.BOM_UTF8
 _MARKS = {  # first bytes of what is often taken for text
     b"\xff\xfe": "like UTF-16",
     b"\xfe\xff": "like UTF-16",
@@ -146,7 +151,7 @@ def lines(raw: bytes, first: int) -> Iterator[tuple[int, bytes]]:
 
 def whole_lines(chunks: Iterable[bytes], path: Path, part_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Stretches of whole lines, each as short as it can be from `part_bytes` on, with the numbers of their first lines,
-    from 1. They do not depend on how the file is cut into chunks.
+    from 1. They do not depend on how the file is cut into chunks. A byte order mark in front of the first is left out.
 
     DataError for a line above `MAX_DOCUMENT_BYTES`.
     """
@@ -157,7 +162,7 @@ def whole_lines(chunks: Iterable[bytes], path: Path, part_bytes: int) -> Iterato
         while (end := pending.find(b"\n", searched) + 1) > 0:
             raw = bytes(pending[:end])
             del pending[:end]
-            yield first, raw
+            yield first, raw.removeprefix(_BOM_BYTES) if first == 1 else raw
             first += raw.count(b"\n")
             searched = part_bytes - 1
         if len(pending) > MAX_DOCUMENT_BYTES + part_bytes:
@@ -166,7 +171,21 @@ def whole_lines(chunks: Iterable[bytes], path: Path, part_bytes: int) -> Iterato
                 "document into shorter ones, one a line"
             )
     if pending:
-        yield first, bytes(pending)
+        yield first, bytes(pending).removeprefix(_BOM_BYTES) if first == 1 else bytes(pending)
+
+
+def unix_lines(text: str) -> str:
+    """Text whose lines end in CR LF, as those of Windows do, with lines that end in LF."""
+    return text.replace("\r\n", "\n")
+
+
+def name_field(names: Iterable[str]) -> str:
+    """What to do about records that have these fields, and not the one that was asked for."""
+    shown = ", ".join(map(repr, itertools.islice(names, 8))) or "none"
+    return (
+        "name the one that holds the text, `epigram data build ... --field NAME`, and give other commands the folder "
+        f"that it builds (it has {shown})"
+    )
 
 
 def check_surrogates(text: str, path: Path, where: str) -> str:
@@ -208,4 +227,4 @@ def _cut(text: bytes, first: int, last: int) -> int:
             return found + len(mark)
     while text[last] & 0xC0 == 0x80 and last > first:  # inside a character
         last -= 1
-    return last
+    return last - (text[last - 1 : last + 1] == b"\r\n")  # inside a line end

@@ -6,9 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from epigram.data.sources.base import Counted, Labelled, check_surrogates, decode, lines, read_chunks, whole_lines
+from epigram.data.sources.base import (
+    Counted,
+    Labelled,
+    check_surrogates,
+    decode,
+    lines,
+    name_field,
+    read_chunks,
+    whole_lines,
+)
 from epigram.errors import DataError
 
+HAS_FIELDS = True
 _SUFFIXES = (".jsonl", ".ndjson")
 _PART_BYTES = 1 << 20  # of lines
 _ZSTD_INPUT_BYTES = 1 << 14  # a small piece at a time: highly repetitive text can grow ten-thousandfold
@@ -73,8 +83,7 @@ def _text(line: bytes, path: Path, number: int, field: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f'{path}, {where} is no JSON object: each line must look like {{"{field}": "..."}}')
     if field not in record:
-        keys = ", ".join(map(repr, list(record)[:8])) or "nothing"
-        raise DataError(f"{path}, {where} has no field {field!r}: name the field that holds the text (it has {keys})")
+        raise DataError(f"{path}, {where} has no field {field!r}: {name_field(record)}")
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{path}, {where}: field {field!r} holds a {type(text).__name__}, not a string of text")

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epigram.data.sources.base import MAX_DOCUMENT_BYTES, Labelled
+from epigram.data.sources.base import MAX_DOCUMENT_BYTES, Labelled, name_field
 from epigram.errors import DataError, UserError
 
+HAS_FIELDS = True
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 1 << 20  # without a buffer a whole column chunk is read at once
 
@@ -93,8 +94,7 @@ def _readable(path: Path, pyarrow: Any) -> Iterator[Any]:
 
 def _check_column(path: Path, schema: Any, field: str, types: Any) -> None:
     if field not in schema.names:
-        columns = ", ".join(map(repr, schema.names[:8])) or "none"
-        raise DataError(f"{path} has no column {field!r}: name the one that holds the text (it has {columns})")
+        raise DataError(f"{path} has no column {field!r}: {name_field(schema.names)}")
     kind = schema.field(field).type
     if not (types.is_string(kind) or types.is_large_string(kind)):
         raise DataError(f"{path}: column {field!r} holds {kind}, not strings of text")

@@ -1,14 +1,17 @@
 """Plain text in UTF-8: a small file is one document, a large one is cut at paragraph ends.
 
 A file is cut so that a part of it can be held out for validation: into pieces of about 32 kB, or a fortieth
-of the file where that is less (never under 2 kB). The pieces put together are the file, byte for byte. In a
+of the file where that is less (never under 2 kB). The pieces put together are the text of the file, byte for byte. In a
 folder, where each file is a document of its own, only files above 1 MiB are cut.
+
+The text is without a byte order mark in front, and its lines end in LF where they ended in CR LF: nobody wrote either,
+and a model would have to learn both of some files and neither of others. A CR alone is kept.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from epigram.data.sources.base import READ_BYTES, decode, read_chunks, split_paragraphs
+from epigram.data.sources.base import BOM, READ_BYTES, decode, read_chunks, split_paragraphs, unix_lines
 from epigram.errors import DataError
 
 PIECE_BYTES = 32_768
@@ -36,5 +39,6 @@ def documents(path: Path, field: str = "text", *, whole: bool = False) -> Iterat
         piece_bytes = WHOLE_BYTES
     offset = 0
     for piece in split_paragraphs(read_chunks(path), piece_bytes):
-        yield decode(piece, path, "", offset)
+        text = decode(piece, path, "", offset)
+        yield unix_lines(text if offset else text.removeprefix(BOM))
         offset += len(piece)
