@@ -1,6 +1,7 @@
 """The forward's parts: ablations, cache, tap, transform, causality, the published parameter counts."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -190,6 +191,19 @@ def test_bad_settings_are_all_named_at_once() -> None:
         dataclasses.replace(CONFIG, num_kv_heads=3, skips="some", xsa_layers=(9,), rotary_dim=7)
     for part in ("skips = 'some'", "xsa_layers = [9]", "rotary_dim = 7"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rotary_base", 0.0), ("rotary_base", math.inf), ("rotary_reference_len", 0), ("embed_std", -1.0),
+        ("softcap", math.nan), ("softcap", -30.0), ("mlp_slope", math.nan), ("qk_gain", math.inf),
+        ("bigram_dim", 0), ("value_embed_dim", -4),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_model_has(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} = {value}"):
+        dataclasses.replace(CONFIG, bigram_buckets=16, value_embed_layers=(0,), **{name: value})
 
 
 def test_vocabulary_beyond_the_bigram_hash_is_refused() -> None:

@@ -153,5 +153,7 @@ def test_modes() -> None:
 
 
 def test_config_problems() -> None:
+    with pytest.raises(UserError, match="decay = 1 takes nothing in"):
+        AverageConfig(mode="ema", decay=1.0)
     with pytest.raises(UserError, match=r"mode = 'swa'.*choose one of ema, none; .*decay = 1\.5"):
         AverageConfig(mode="swa", decay=1.5)

@@ -126,6 +126,10 @@ def test_schedules_that_a_short_run_has_no_room_for() -> None:
     assert momentum.endswith("try --set schedule.momentum_warmup_steps=6"), "a sixth, where the recipe says nothing"
     still = ScheduleConfig(warmdown_steps=4000, momentum_warmup_steps=1500, min_lr=1.0, momentum_start=0.985)
     assert list(shortfalls(still, 40)) == [], "nothing falls, nothing rises"
+    assert list(shortfalls(replace(still, lr_warmup_steps=20), 40)) == []
+    (rise,) = shortfalls(replace(still, lr_warmup_steps=21), 40)
+    assert "schedule.lr_warmup_steps = 21 is more than half" in rise
+    assert rise.endswith("--set schedule.lr_warmup_steps=2")
 
 
 @given(config=configs(warmup=False), num_steps=st.integers(2, 400), made_for=st.integers(0, 500))

@@ -119,6 +119,11 @@ def test_a_held_out_split_is_refused(split: str) -> None:
         CalibrationSource(kind="train", split=split, windows=1, seq_len=2, tokens=2)
 
 
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(UserError, match="seed must be in 0"):
+        CalibrationConfig(seed=-5)
+
+
 def test_records_that_contradict_themselves_are_refused() -> None:
     for kwargs in (
         {"kind": "random", "tokens": 5},

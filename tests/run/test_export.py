@@ -235,6 +235,12 @@ def test_each_limit_by_itself(change: dict, message: str):
     assert message in problem
 
 
+def test_what_compiling_adds_to_a_score_is_named():
+    slow = {"scores": {"quantized": {"blocks": {"score_s": 60.5}}}}
+    (problem,) = over_budget(short(*WALL), {**SPENT, **slow, "paths": {"compile": "on"}})
+    assert problem.endswith("raise score.stride, or set run.compile=off, since what compiling for a score takes counts")
+
+
 def test_counted_steps_have_no_time_limit():
     assert over_budget(short(), {**SPENT, "train_s": 1e6}) == []
 

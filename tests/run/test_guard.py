@@ -129,14 +129,23 @@ def test_a_spike_is_measured_against_the_median_of_losses_surely_known():
     assert fed("skip", losses[:5]).limit(5) == math.inf, "too few for a median"
 
 
+def test_a_short_window_is_full_with_fewer():
+    guard = Guard(GuardConfig(max_skips=1, spike_factor=1.5, spike_window=4, spike_action="skip"), LANES)
+    for step, loss in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 99.0, 99.0, 99.0]):
+        limit = guard.limit(step)
+        guard.look(step, measured(loss))
+    assert limit == pytest.approx(1.5 * 2.5), "of the four before those that may not have arrived"
+
+
 @pytest.mark.parametrize("action", ["warn", "skip", "stop"])
 def test_what_becomes_of_a_spike(action: str):
     guard = fed(action, [3.0] * 30)
     assert guard.limit(30) == (math.inf if action == "warn" else 4.5)
     spike = measured(6.0, applied=action == "warn")
     if action == "stop":
-        with pytest.raises(DivergedError, match="^step 31 gave a loss of 6.0000, 2.00 times the median"):
+        with pytest.raises(DivergedError, match="^step 31 gave a loss of 6.0000, 2.00 times the median") as error:
             guard.look(30, spike)
+        assert 'guard.spike_action = "skip"' in str(error.value), "more skips alone would not help"
         return
     line = guard.look(30, spike)
     assert line is not None

@@ -17,9 +17,9 @@ from epigram.data.published import Published
 from epigram.data.shards import write_shard
 from epigram.data.tokenizer_training import train_tokenizer
 from epigram.dist.context import Context
-from epigram.errors import DataError
+from epigram.errors import DataError, UserError
 from epigram.evaluation.windows import Method
-from epigram.run import choices
+from epigram.run import choices, score
 from epigram.run.score import score_model, score_split
 from epigram.run.setup import Losses
 
@@ -107,6 +107,20 @@ def test_a_text_is_scored_whole_as_from_python(finished: Path, tmp_path: Path, m
     row = found["scores"]["sliding"]
     assert (row["tokens"], row["bytes"]) == (len(expected.tokens), path.stat().st_size)
     assert row["val_bpb"] == pytest.approx(expected.bpb, rel=1e-6)
+
+
+def test_mistakes_come_out_before_the_work(finished: Path, data_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(score, "score_split", lambda *a, **k: pytest.fail("scored"))
+    for methods, stride, message in ((["blocks", "foo"], None, "foo"), (["blocks", "sliding"], 1000, "1000")):
+        with pytest.raises(UserError, match=message):
+            score_model(finished, str(data_path), methods=methods, stride=stride, device="cpu")
+
+
+def test_windows_longer_than_training_are_told(finished: Path, data_path: Path, capsys) -> None:
+    warning = "windows of 256 tokens are longer than any that the model was trained on (128)"
+    for seq_len in (128, 256):
+        score_model(finished, str(data_path), methods=["blocks"], seq_len=seq_len, max_tokens=600, device="cpu")
+        assert (warning in capsys.readouterr().err) == (seq_len == 256)
 
 
 def test_every_document_is_scored(finished: Path, tmp_path: Path, monkeypatch) -> None:

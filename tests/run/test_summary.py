@@ -22,7 +22,7 @@ def finished_with(cost: float, *rows: dict[str, Any]) -> dict[str, Any]:
 
 
 DOWN, UP = row("down", "gptq", 0.626, 0.230), row("up", "gptq", 0.0916, 0.0320)
-OTHERS = (row("control", "float16", 4.5e-8, None, 0.0), row("embed", "rtn", 0.9, None))
+OTHERS = (row("control", "float16", 4.5e-8, None, 0.0), row("embed", "rtn", 0.009, None))
 
 
 def test_a_model_that_its_floor_rounded_away():
@@ -47,7 +47,14 @@ def test_without_hessians_the_plain_error_decides():
     rows = [{**row, "hessian_error": None} for row in (*OTHERS, UP, DOWN)]
     said = rounding_warning(finished_with(0.1, *rows), RUN)
     assert said is not None
-    assert "most of all in class embed (error 9.00e-01" in said
+    assert "most of all in class down (error 6.26e-01" in said
+
+
+def test_a_table_that_was_rounded_away_is_named():
+    """It has no Hessian, and its plain error says enough: two bits left all of its codes zero."""
+    said = rounding_warning(finished_with(1.0145, row("embed", "rtn", 1.0, None), row("q", "gptq", 0.02, 1.06e-3)), RUN)
+    assert said is not None
+    assert "most of all in class embed (error 1.00e+00" in said
 
 
 @pytest.mark.parametrize("cost", [-0.05, 0.0146, COSTLY_BPB - 1e-9, float("nan")])

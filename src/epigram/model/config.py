@@ -1,5 +1,6 @@
 """The model's settings. Every technique has an empty value that turns it off, so that each can be ablated alone."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -82,6 +83,22 @@ class ModelConfig:
             found.append('rotary_dim = 2 has one frequency, which rotary_scaling = "ntk" cannot rescale: use "none"')
         if self.bigram_buckets == 1 or self.bigram_buckets < 0:
             found.append(f"bigram_buckets = {self.bigram_buckets} must be 0 (off) or at least 2")
+        sizes = {
+            "bigram_dim": self.bigram_buckets,
+            "value_embed_dim": self.value_embed_layers,
+            "rotary_reference_len": 1,
+        }
+        found += [
+            f"{k} = {getattr(self, k)} must be positive" for k, used in sizes.items() if used and getattr(self, k) < 1
+        ]
+        for name in ("rotary_base", "embed_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"{name} = {getattr(self, name)} must be a positive number")
+        for name in ("softcap", "mlp_slope"):
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(f"{name} = {getattr(self, name)} must be 0 or a positive number")
+        if not math.isfinite(self.qk_gain):
+            found.append(f"qk_gain = {self.qk_gain} must be a number")
         if self.isolated and not 0 <= self.bos_id < self.vocab_size:
             found.append(
                 f'documents = "isolated" needs the token that documents begin with, and bos_id = {self.bos_id} is none '

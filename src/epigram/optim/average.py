@@ -26,6 +26,8 @@ class AverageConfig:
     def __post_init__(self) -> None:
         problems = not_among("average.mode", self.mode, MODES)
         problems += outside("average.decay", self.decay, 0, 1)
+        if self.mode != "none" and self.decay == 1:
+            problems.append("average.decay = 1 takes nothing in and would leave the initial weights: set it below 1")
         problems += outside("average.start_step", self.start_step, 0)
         refuse(problems)
 

@@ -138,6 +138,11 @@ def shortfalls(config: ScheduleConfig, num_steps: int) -> Iterator[str]:
             f"schedule.warmdown_steps = {warmdown:,} is {trouble}; try --set schedule.warmdown_steps=0 "
             f"--set schedule.warmdown_frac={share:.2g}{made_for}"
         )
+    if 2 * config.lr_warmup_steps > num_steps:
+        yield (
+            f"schedule.lr_warmup_steps = {config.lr_warmup_steps:,} is more than half of {room}: the learning rates "
+            f"rise nearly all the time; try --set schedule.lr_warmup_steps={num_steps // 20}"
+        )
     share = min(rise / whole, 1.0) if whole else _USUAL_RISE
     if rise > _limit(LONGEST_RISE, share) * num_steps and config.momentum_start != config.momentum_end:
         size = "longer than" if rise > num_steps else f"{_percent(rise / num_steps)} of"

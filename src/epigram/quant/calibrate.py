@@ -45,6 +45,8 @@ class CalibrationConfig:
             problems.append(f"quant.calibration.seq_len must be at least 2 tokens, got {self.seq_len}")
         if not 0 < self.temperature < math.inf:
             problems.append(f"quant.calibration.temperature must be positive, got {self.temperature}")
+        if not 0 <= self.seed < 2**31:
+            problems.append(f"quant.calibration.seed must be in 0..2^31-1, got {self.seed}")
         if problems:
             raise UserError("; ".join(problems))
 

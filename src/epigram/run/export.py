@@ -149,6 +149,8 @@ def over_budget(config: Config, result: dict[str, Any]) -> list[str]:
     if scored_s > config.budget.score_s:
         without_it_s = scored_s - result.get("adapt_stopped_s", 0.0)
         advice = ": raise score.stride" if without_it_s > config.budget.score_s else ""  # else the next line has one
+        if advice and result.get("paths", {}).get("compile") == "on":
+            advice += ", or set run.compile=off, since what compiling for a score takes counts"
         found.append(f"scoring took {scored_s:.1f} s of {config.budget.score_s:.1f} s{advice}")
     if stopped:
         found.append(stopped)

@@ -83,10 +83,14 @@ class Guard:
         stop = self.skipped > self._config.max_skips or (finite and self._config.spike_action == "stop")
         if not stop:
             return f"warning: step {step + 1} {what}: left out, {self.skipped} of at most {self._config.max_skips}"
+        if finite and self._config.spike_action == "stop":
+            way_on = 'go on past such steps (guard.spike_action = "skip" with guard.max_skips, or "warn")'
+        else:
+            way_on = "allow some such steps (guard.max_skips)"
         crowded = f"; or {TOO_MANY_DOCUMENTS}: then set run.attention=flex or sdpa"
         raise DivergedError(
-            f"step {step + 1} {what}; the update was not made: lower the learning rates (optim.muon.lr_early, "
-            "lr_late), look for damaged data, or allow some such steps (guard.max_skips)"
+            f"step {step + 1} {what}; the update was not made: lower the learning rates (optim.muon.lr_early, lr_late, "
+            f"optim.adamw.lr_token), look for damaged data, or {way_on}"
             + (crowded if self._isolated and math.isnan(measured.loss) else "")
         )
 
@@ -105,7 +109,8 @@ class Guard:
             return math.inf
         known = step - HOST_AHEAD - 1  # the last step whose loss is surely read when `step` begins
         losses = [loss for at, loss in self._losses if known - self._config.spike_window < at <= known]
-        return self._config.spike_factor * median(losses) if len(losses) >= _FEWEST else math.inf
+        enough = min(_FEWEST, self._config.spike_window)
+        return self._config.spike_factor * median(losses) if len(losses) >= enough else math.inf
 
     def _remember(self, step: int, loss: float) -> None:
         if self._config.spike_factor:

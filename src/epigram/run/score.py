@@ -128,6 +128,9 @@ def score_model(
             raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
         model, data = open_both(path, data_path, context)
         seq_len = seq_len or model.context_len
+        planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
+        if seq_len > model.context_len and context.is_main:
+            print(f"warning: {longer_than_trained(seq_len, model.context_len)}", file=sys.stderr)
         num_targets = len(data.stream(split)) - 1
         _require_learning(adapt, seq_len, min(max_tokens or num_targets, num_targets))
         work = replace(scoring_work(seq_len, batch_tokens), backward=adapt.kind == "sgd")
@@ -140,8 +143,7 @@ def score_model(
         size = tokens_a_forward(batch_tokens, seq_len, context)
         if data.validation is not None and split == "val" and context.is_main:
             print(f"validation: {data.validation.text}", flush=True)
-        for name in methods:
-            method = _method(name, seq_len, stride, streaming)
+        for name, method in planned.items():
             if with_probes:
                 findings[name] = probe(
                     losses,
@@ -158,7 +160,7 @@ def score_model(
             _print_score(name, rows[name], context)
         if adapts:
             adaptation = adaptation_after(rows, limit_s, adapt, model.gpt, losses, data, context)
-            name, method = adaptation.name, _method("sliding", seq_len, stride)
+            name, method = adaptation.name, planned["sliding"]
             if with_probes:
                 findings[name] = probe_adapted(adaptation, data, method, batch_tokens=size, split=split)
                 _print_findings(name, findings[name], context)
@@ -192,6 +194,14 @@ def adaptation_after(
         bos_id=data.tokenizer.bos_id,
         limit_s=collectives.from_main(context, left_s),
         plain_s=collectives.from_main(context, rows["sliding"]["score_s"]),
+    )
+
+
+def longer_than_trained(seq_len: int, context_len: int) -> str:
+    """What is to be said of windows longer than any lane of training."""
+    return (
+        f"windows of {seq_len:,} tokens are longer than any that the model was trained on ({context_len:,}): what lies "
+        "further back than that may make a score worse"
     )
 
 

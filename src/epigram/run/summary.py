@@ -56,8 +56,12 @@ def rounding_warning(result: Mapping[str, Any], run: Path) -> str | None:
     if not after - before > COSTLY_BPB:
         return None
     rounded = [row for row in result["quantization"] if row["method"] != "float16"]
-    kind = "relative_error" if all(row["hessian_error"] is None for row in rounded) else "hessian_error"
-    worst = max(rounded, key=lambda row: row[kind] or 0.0)
+    # Tables that are only looked up have no Hessian; their plain error says as much, since all inputs are alike.
+    kinds = {
+        row["tensor_class"]: "relative_error" if row["hessian_error"] is None else "hessian_error" for row in rounded
+    }
+    worst = max(rounded, key=lambda row: row[kinds[row["tensor_class"]]])
+    kind = kinds[worst["tensor_class"]]
     found = (
         f"rounding the weights cost {after - before:.4f} bits per byte ({method}: {before:.4f} to {after:.4f}), most "
         f"of all in class {worst['tensor_class']} ({'weighted ' if kind == 'hessian_error' else ''}error "
