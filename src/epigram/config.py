@@ -442,6 +442,8 @@ def parse_adapt(kind: str, overrides: Sequence[str]) -> tuple[AdaptConfig, float
     found = typed(tree, _AdaptSettings, "--adapt: ")
     if overrides and found.score.adapt.kind == "none":
         raise UserError("--set changes settings of --adapt: say --adapt sgd or --adapt lora")
+    if found.score.adapt.kind != kind:
+        raise UserError(f"--adapt {kind} says how to adapt: leave out --set score.adapt.kind")
     return found.score.adapt, found.budget.score_s
 
 

@@ -169,6 +169,8 @@ def test_a_machine_with_a_problem(shell: Shell, monkeypatch):
         (["score", "nowhere"], ["--data"]),
         (["score", "nowhere", "--data", "x", "--seq-len", "0"], ["--seq-len"]),
         (["score", "nowhere", "--data", "x", "--stride", "0"], ["--stride"]),
+        (["score", "nowhere", "--data", "x", "--set", "score.adapt.sgd.lr=1"], ["say --adapt sgd or --adapt lora"]),
+        (["score", "nowhere", "--data", "x", "--adapt", "sgd", "--set", "score.adapt.kind=lora"], ["--adapt sgd says"]),
         (["generate", "nowhere"], ["there is no model at nowhere"]),
         (["generate", "nowhere", "--tokens", "0"], ["--tokens"]),
         (["describe", "pr1212", "--gpus", "9"], ["use 1 to 8 processes"]),

@@ -27,13 +27,14 @@ _POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (3.28575, -2.36813, 0.46449),
     (2.34654, -1.70978, 0.42324),
 )
-MAX_ITERATIONS = {"quintic": 100, "polar_express": len(_POLAR_EXPRESS)}
+_TRIPLES = {"quintic": (_QUINTIC,) * 100, "polar_express": _POLAR_EXPRESS}  # of as many iterations as may be
+MAX_ITERATIONS = {name: len(triples) for name, triples in _TRIPLES.items()}
 
 
 def coefficients(name: str, num_iterations: int) -> tuple[Coefficients, ...]:
     """The triples of each iteration: "quintic" repeats one, "polar_express" takes the first of its five."""
     assert 1 <= num_iterations <= MAX_ITERATIONS[name]
-    return (_QUINTIC,) * num_iterations if name == "quintic" else _POLAR_EXPRESS[:num_iterations]
+    return _TRIPLES[name][:num_iterations]
 
 
 def orthogonalize(
