@@ -48,10 +48,11 @@ def explained(device_type, found=None) -> dict[str, str]:
 
 def test_every_backend_is_explained(no_flash):
     findings = explained("cpu")
+    hopper, blackwell = (capability.support("cuda", found).device for found in ((9, 0), (10, 0)))
     for name in plugin.names("epigram.attention"):
         for kind in ("full", "windowed"):
             assert f"{name}, {kind}" in findings
-    assert findings == {
+    shipped = {
         "device": "it",
         "precision": f"float32: {capability.support('cpu').precision_reason}",
         "compile": "on: torch.compile writes C++ for it",
@@ -64,13 +65,14 @@ def test_every_backend_is_explained(no_flash):
                 "attention": "sdpa: the other backends need CUDA",
                 "sdpa": "used",
                 "reference": "usable, but slow: it is what the others are tested against",
-                "flash3": "not usable here | flash3 is not for CPUs",
-                "flash4": "not usable here | flash4 is not for CPUs",
+                "flash3": f"not usable here | flash3 is not for CPUs, only for {hopper}",
+                "flash4": f"not usable here | flash4 is not for CPUs, only for {blackwell} and {hopper}",
                 "flex": "not usable here | flex attention is for CUDA devices; sdpa is right here",
                 "cudnn": "not usable here | cudnn is for CUDA devices",
             }.items()
         },
     }
+    assert {name: findings.get(name) for name in shipped} == shipped
 
 
 def test_a_v100_and_a_t4(no_flash):
@@ -128,7 +130,10 @@ def test_an_h100_without_and_with_libraries(no_flash, monkeypatch):
 def test_a_b200(no_flash):
     findings = explained("cuda", (10, 0))
     assert findings["flash4, full"].endswith("pip install 'epigram[flash4]'")
-    assert findings["flash3, full"] == "not usable here | flash3 is not for Blackwell data-center GPUs (B200, GB200)"
+    assert findings["flash3, full"] == (
+        "not usable here | flash3 is not for Blackwell data-center GPUs (B200, GB200), "
+        "only for Hopper GPUs (H100, H200)"
+    )
 
 
 def test_a_mac(no_flash):
