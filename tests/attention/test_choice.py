@@ -55,12 +55,7 @@ def request_for(device: str, window: int = 0, **changes) -> Request:
     )
 
 
-@pytest.fixture(autouse=True)
-def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is expected here is of these backends: one more file in the folder would be a candidate everywhere."""
-    names = ["cudnn", "flash3", "flash4", "flex", "reference", "sdpa"]
-    assert set(names) <= set(plugin.names(PACKAGE))
-    monkeypatch.setattr(plugin, "names", lambda package: list(names))
+pytestmark = pytest.mark.usefixtures("shipped_backends")
 
 
 @pytest.fixture(autouse=True)
