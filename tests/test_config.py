@@ -14,6 +14,7 @@ from epigram.config import load_recipe, override, parse_config, recipe_names, to
 from epigram.errors import UserError
 from epigram.model.gpt import GPT
 
+ROOT = Path(__file__).parents[1]
 PUBLISHED_PARAMETERS = {"pr1212": 29_751_910, "pr1130": 27_605_108, "pr1019": 27_067_484, "pr549": 26_928_220}
 
 
@@ -156,3 +157,28 @@ def test_any_value_anywhere_gives_a_config_or_a_user_error(value: object, path: 
     except UserError:
         return
     assert parse_config(tomllib.loads(tomli_w.dumps(to_tree(config)))) == config
+
+
+def test_the_table_of_techniques_names_what_is_there() -> None:
+    """Its settings are settings, its files are files, and what is in parentheses is a word of one of the row's."""
+    section = (
+        (ROOT / "docs" / "architecture.md").read_text().split("\n## Where each technique is\n")[1].split("\n## ")[0]
+    )
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 30
+    tree = to_tree(load_recipe("pr1212"))
+    package = ROOT / "src" / "epigram"
+    for technique, settings, places in rows:
+        for path in re.findall(r"`([a-z0-9_.]+)`", settings):
+            part = tree
+            for key in path.split("."):
+                assert key in part, f"{technique}: there is no setting {path}"
+                part = part[key]
+        files = [package / path for path in re.findall(r"`([a-z0-9_/]+\.py)`", places)]
+        assert files and all(file.is_file() for file in files), (technique, files)
+        text = "".join(file.read_text() for file in files)
+        assert all(word in text for word in re.findall(r"\(`(\w+)`\)", places)), (technique, places)
+    sizes = {"vocab_size", "num_layers", "model_dim", "num_heads", "head_dim"}  # of any transformer
+    assert set(re.findall(r"`model\.(\w+)`", section)) == set(tree["model"]) - sizes
+    for name in re.findall(r"`(\w+Config)`", section):
+        assert any(f"class {name}" in file.read_text() for file in package.rglob("*.py")), name

@@ -158,7 +158,9 @@ class RunConfig:
     validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
     checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between comparisons of all
     processes' weights (0: none); one more comes at the end.
-    writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues.
+    writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues, by
+    sample_tokens tokens (0: no sample). compressors: put general compressors' bits per byte for the validation text
+    beside the model's, at the end.
     """
 
     precision: str = "auto"

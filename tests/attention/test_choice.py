@@ -55,6 +55,9 @@ def request_for(device: str, window: int = 0, **changes) -> Request:
     )
 
 
+pytestmark = pytest.mark.usefixtures("shipped_backends")
+
+
 @pytest.fixture(autouse=True)
 def recent_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
@@ -134,6 +137,27 @@ def test_a_choice_says_why_not() -> None:
         choose("nonsense", request_for("CPU"))
     reasons = usable(request_for("CPU"))
     assert "CUDA" in reasons["flex"] and reasons["sdpa"] is reasons["reference"] is None
+
+
+@pytest.mark.parametrize("name", ["flash3", "flash4"])
+def test_no_library_is_advised_where_its_backend_cannot_serve(install, name: str) -> None:
+    """Without the library, of which `install` leaves none, the device comes first; where it would help, the library."""
+    for device, words in (
+        ("CPU", "CPUs"),
+        ("MPS", "Apple GPUs"),
+        ("A100", "Ampere data-center"),
+        ("5090", "Blackwell"),
+    ):
+        with pytest.raises(
+            UserError,
+            match=rf"attention = '{name}' cannot be used here: {name} is not for {words}.*, only for .*Hopper",
+        ) as found:
+            choose(name, request_for(device))
+        assert "install" not in str(found.value) and "build it" not in str(found.value)
+        assert f"{name} is not for {words}" in usable(request_for(device))[name]
+    with pytest.raises(UserError, match=f"'{name}' needs [fF]lash.*: (pip install|build it)"):
+        choose(name, request_for("H100"))
+    assert "needs" in usable(request_for("H100"))[name]
 
 
 def test_a_backend_that_somebody_adds_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:

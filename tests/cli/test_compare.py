@@ -28,6 +28,7 @@ def test_a_winner(shell, sides):
     assert found.code == 0, found.err
     result = json.loads(found.out.splitlines()[-1])
     assert result["comparison"]["test"] == "paired"
+    assert found.out.splitlines()[0] == "scored: quantized, sliding"
     assert result["comparison"]["gain"] == pytest.approx((0.1 + 0.0001 * 2) / 1.7)
     assert [row["seed"] for row in result["sides"]["against"]["runs"]] == [1, 2, 3]
     assert result["sentence"].startswith("RUN is better by 0.05894 bits per byte (p = ")

@@ -13,11 +13,13 @@ from data_helpers import make_documents
 from hypothesis import given
 from hypothesis import strategies as st
 
+from epigram import plugin
 from epigram.data.build import build
 from epigram.data.check import check
 from epigram.data.dataset import DataFolder, open_data
 from epigram.data.shards import open_shard, write_shard
 from epigram.data.transforms import caseops
+from epigram.data.transforms.base import PACKAGE as TRANSFORMS
 from epigram.errors import DataError, UserError
 from epigram.evaluation.bpb import count_bytes
 from epigram.evaluation.scorer import score
@@ -137,7 +139,8 @@ def test_a_tokenizer_without_the_marks_is_refused(tmp_path: Path, tokenizer) -> 
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
     with pytest.raises(UserError, match=r"no pieces for U\+E001, U\+E002, U\+E003, U\+E004, the marks of .* caseops"):
         build([tmp_path / "a.txt"], tmp_path / "out", tokenizer_file=tmp_path / "given.model", transform="caseops")
-    with pytest.raises(UserError, match="there is no 'lower' in transforms: choose one of caseops"):
+    names = ", ".join(plugin.names(TRANSFORMS))
+    with pytest.raises(UserError, match=f"there is no 'lower' in transforms: choose one of {names}"):
         build([tmp_path / "a.txt"], tmp_path / "out", transform="lower")
 
 

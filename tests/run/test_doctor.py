@@ -29,7 +29,7 @@ def test_this_machine(tmp_path):
 
 
 @pytest.fixture
-def no_flash(monkeypatch):
+def no_flash(shipped_backends, monkeypatch):
     """No FlashAttention library, a cuDNN that is recent, Triton and a compiler."""
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -48,6 +48,7 @@ def explained(device_type, found=None) -> dict[str, str]:
 
 def test_every_backend_is_explained(no_flash):
     findings = explained("cpu")
+    hopper, blackwell = (capability.support("cuda", found).device for found in ((9, 0), (10, 0)))
     for name in plugin.names("epigram.attention"):
         for kind in ("full", "windowed"):
             assert f"{name}, {kind}" in findings
@@ -64,8 +65,8 @@ def test_every_backend_is_explained(no_flash):
                 "attention": "sdpa: the other backends need CUDA",
                 "sdpa": "used",
                 "reference": "usable, but slow: it is what the others are tested against",
-                "flash3": "not usable here | flash3 is not for CPUs",
-                "flash4": "not usable here | flash4 is not for CPUs",
+                "flash3": f"not usable here | flash3 is not for CPUs, only for {hopper}",
+                "flash4": f"not usable here | flash4 is not for CPUs, only for {blackwell} and {hopper}",
                 "flex": "not usable here | flex attention is for CUDA devices; sdpa is right here",
                 "cudnn": "not usable here | cudnn is for CUDA devices",
             }.items()
@@ -128,7 +129,10 @@ def test_an_h100_without_and_with_libraries(no_flash, monkeypatch):
 def test_a_b200(no_flash):
     findings = explained("cuda", (10, 0))
     assert findings["flash4, full"].endswith("pip install 'epigram[flash4]'")
-    assert findings["flash3, full"] == "not usable here | flash3 is not for Blackwell data-center GPUs (B200, GB200)"
+    assert findings["flash3, full"] == (
+        "not usable here | flash3 is not for Blackwell data-center GPUs (B200, GB200), "
+        "only for Hopper GPUs (H100, H200)"
+    )
 
 
 def test_a_mac(no_flash):

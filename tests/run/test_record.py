@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from epigram import plugin
 from epigram.dist import watch
 from epigram.errors import UserError
 from epigram.run import machine, record
 from epigram.run.record import RunRecord, final_line, num_steps, step_line, validation_line, write_atomic
+from epigram.run.writers.base import PACKAGE as WRITERS
 
 CONFIG = {"recipe": "demo", "budget": {"train_s": 100.0, "calibrate_s": 10.0}, "lanes": [{"count": 1}]}
 SCORE = {
@@ -234,7 +236,8 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
 
 
 def test_an_unknown_writer_leaves_nothing_behind(tmp_path):
-    with pytest.raises(UserError, match="choose one of jsonl, tensorboard, wandb"):
+    names = ", ".join(plugin.names(WRITERS))
+    with pytest.raises(UserError, match=f"no 'tensorbored' in writers: choose one of {names}"):
         RunRecord(tmp_path / "run", CONFIG, writers=("tensorbored",))
     assert list(tmp_path.iterdir()) == []
 

@@ -116,6 +116,13 @@ def test_mistakes_come_out_before_the_work(finished: Path, data_path: Path, monk
             score_model(finished, str(data_path), methods=methods, stride=stride, device="cpu")
 
 
+def test_a_method_named_twice_is_scored_once(finished: Path, data_path: Path, monkeypatch) -> None:
+    calls, score_split = [], score.score_split
+    monkeypatch.setattr(score, "score_split", lambda *a, **k: calls.append(a) or score_split(*a, **k))
+    found = score_model(finished, str(data_path), methods=["blocks", "blocks"], max_tokens=200, device="cpu")
+    assert (len(calls), list(found["scores"])) == (1, ["blocks"])
+
+
 def test_windows_longer_than_training_are_told(finished: Path, data_path: Path, capsys) -> None:
     warning = "windows of 256 tokens are longer than any that the model was trained on (128)"
     for seq_len in (128, 256):

@@ -173,7 +173,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
 
 
-def test_a_session_prints_what_it_measured(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_prints_what_it_measured(hopper, shipped_backends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated timings, by backend and window, through the function that every run calls."""
     times = {("cudnn", 0): 0.5, ("sdpa", 0): 0.75, ("flex", 0): 1.0, ("flex", 512): 0.3, ("sdpa", 512): 2.0}
 

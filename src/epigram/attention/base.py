@@ -150,9 +150,19 @@ def why_not_heads(name: str, request: Request, most_head_dim: int) -> str | None
 def why_not(name: str, request: Request) -> str | None:
     """Why backend `name` cannot serve `request`, in a sentence; None when it can."""
     try:
-        return _reason(plugin.load(PACKAGE, name), name, request)
+        module = plugin.load(PACKAGE, name)
     except UserError as error:  # its library is not installed, or does not load
-        return str(error)
+        return _other_device(name, request) or str(error)
+    return _reason(module, name, request)
+
+
+def _other_device(name: str, request: Request) -> str | None:
+    """That the table names the backend for other devices alone, in a sentence: what can be said without its library."""
+    row = support(request.device_type, request.capability)
+    meant = [other.device for other in rows() if name in (*other.full, *other.windowed)]
+    if not meant or row.device in meant:
+        return None
+    return f"{name} is not for {row.device}, only for {' and '.join(meant)}"
 
 
 def _reason(module: Any, name: str, request: Request) -> str | None:
@@ -204,8 +214,20 @@ def choose(name: str, request: Request, measure: Measure | None = None) -> Choic
 
 
 def _load(name: str, request: Request) -> Attend:
-    module = plugin.load(PACKAGE, name)
-    if reason := _reason(module, name, request):
-        raise UserError(f"attention = {name!r} cannot be used here: {reason}")
+    try:
+        module = plugin.load(PACKAGE, name)
+        reason = _reason(module, name, request)
+    except UserError as error:
+        # To install a library would not help where its backend cannot serve.
+        reason = _other_device(name, request)
+        if reason is None:
+            raise
+        raise UserError(_refusal(name, reason)) from error
+    if reason is not None:
+        raise UserError(_refusal(name, reason))
     attend: Attend = module.attend
     return attend
+
+
+def _refusal(name: str, reason: str) -> str:
+    return f"attention = {name!r} cannot be used here: {reason}"

@@ -15,7 +15,7 @@ from epigram.cli.options import device_option, finish, set_option
 @device_option()
 @click.option("--profile", type=click.Path(path_type=Path), metavar="DIR",
               help="Write a trace and tables of kernels into this new folder.")  # fmt: skip
-@click.option("--method", "methods", multiple=True, help="Of score: blocks or sliding (repeatable).")
+@click.option("--method", "methods", multiple=True, help="Of score: blocks, sliding or streaming (repeatable).")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Of score: tokens in a window.")
 @click.option("--stride", type=click.IntRange(min=1), help="Of score: tokens between windows of method sliding.")
 @click.option("--json", "as_json", is_flag=True, help="Print the line of JSON alone, without the tables.")

@@ -59,6 +59,7 @@ def command(
     from epigram.run.compare import compare_runs
 
     found = compare_runs(runs, against, metric=metric, alpha=alpha, record_nats=record)
+    click.echo(f"scored: {found['scored']}")
     for name, side in found["sides"].items():
         _print_side(name, side)
     for note in found["notes"]:

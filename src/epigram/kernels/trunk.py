@@ -1,8 +1,10 @@
 """The layers of the model, from the stream that enters the first to the one that leaves the last.
 
     enters(i) = own_i * x(i-1) + first_i * x0 + skip_i * x(source_i)      channelwise
-    y(i)      = enters(i) + attention(norm(enters(i)))
-    x(i)      = y(i) + mlp(norm(y(i)))
+    y(i)      = carry_i[0] * enters(i) + attention(norm(enters(i)))
+    x(i)      = carry_i[1] * y(i) + mlp(norm(y(i)))
+
+carry are the residual lambdas, two numbers a layer; without them both are 1.
 
 Legend: B sequences, T positions, D model width, H query heads, K key/value heads, d head size, M hidden channels, E
 width of what is added to some layers' values.

@@ -247,7 +247,7 @@ def _request(
 
 def _attention(part: str, kind: str, row: "Support", request: "Request") -> Iterator[Finding]:
     """The backend that a run takes for layers of this kind, and of every other one why not."""
-    from epigram.attention.base import ORACLE, PACKAGE, candidates
+    from epigram.attention.base import ORACLE, PACKAGE, candidates, why_not
 
     try:
         names = candidates(request)
@@ -259,7 +259,7 @@ def _attention(part: str, kind: str, row: "Support", request: "Request") -> Iter
         chosen = f"the fastest of {', '.join(names)}, measured when a run starts" if measured else names[0]
         yield _finding(part, f"attention, {kind}", f"{chosen}: {row.attention_reason}")
     for name in plugin.names(PACKAGE):
-        if reason := _why_not(name, request, row):
+        if reason := why_not(name, request):
             yield _finding(part, f"{name}, {kind}", "not usable here", reason)
         elif name == ORACLE:
             yield _finding(part, f"{name}, {kind}", "usable, but slow: it is what the others are tested against")
@@ -268,14 +268,3 @@ def _attention(part: str, kind: str, row: "Support", request: "Request") -> Iter
         else:
             value = "used" if name == names[0] else f"usable, but {names[0]} comes first on this device"
             yield _finding(part, f"{name}, {kind}", value)
-
-
-def _why_not(name: str, request: "Request", row: "Support") -> str | None:
-    """Why a backend is not usable; that its library is missing matters only where the library would help."""
-    from epigram.attention.base import PACKAGE
-
-    try:
-        reason: str | None = plugin.load(PACKAGE, name).check(request)
-    except UserError as error:
-        return str(error) if name in row.full else f"{name} is not for {row.device}"
-    return reason
