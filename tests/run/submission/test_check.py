@@ -118,6 +118,12 @@ def test_the_cap_holds_for_each_seed(record: Path):
     assert "1 over the cap" in found(record, limits=Limits(cap_bytes=code + sizes[-1] - 1))["size.cap"]
     (record / "helper.py").write_text("x = 1\n")
     assert "size.cap" in found(record, limits=Limits(cap_bytes=code + sizes[-1]))
+    (record / "model_seed2.epigram").unlink()
+    rows = check(record, limits=LIMITS)["findings"]
+    assert any(row["rule"] == "condition.untested" and "of seed 2 " in row["message"] for row in rows)
+    for number in ("nan", "inf", "-5"):
+        with pytest.raises(UserError, match="must be a positive number"):
+            check(record, limits=LIMITS, against=number)
     for path in record.glob("*.epigram"):
         path.unlink()
     drop_from_log(record, "final_bytes")

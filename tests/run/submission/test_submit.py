@@ -1,6 +1,7 @@
 """`epigram submit`: the folder, its numbers against the runs' own results, and what it refuses."""
 
 import json
+import math
 import shutil
 import statistics
 from dataclasses import replace
@@ -90,6 +91,16 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path):
     refuses([changed], "in one go")
     with pytest.raises(UserError, match="names its author"):
         About(author=" ", github_id="b")
+    for wrong, said in (
+        ({"record_nats": math.nan}, "must be a positive number"),
+        ({"record_nats": -5.0}, "must be a positive number"),
+        ({"date": "2026-13-01"}, "is no day"),
+        ({"date": "2999-01-01"}, "has not come yet"),
+        ({"github_id": "a b/c@"}, "a GitHub id"),
+        ({"author": "A\nB"}, "a name in one line"),
+    ):
+        with pytest.raises(UserError, match=said):
+            replace(ABOUT, **wrong)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="is not empty"):

@@ -1,5 +1,6 @@
 """`epigram check`: all that can be found about a record folder."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -45,9 +46,13 @@ def read_against(record: str | None) -> Against | None:
     if record is None:
         return None
     try:
-        return Against(name=f"the record of {record} nats", nats=(float(record),))
+        mean = float(record)
     except ValueError:
         pass
+    else:
+        if not 0 < mean < math.inf:
+            raise UserError(f"the record to beat, {record} nats a token, must be a positive number")
+        return Against(name=f"the record of {record} nats", nats=(mean,))
     other = read_record(Path(record))
     nats = [log.val_nats for log in other.logs if log.val_nats is not None]
     if not nats:
@@ -73,8 +78,10 @@ def _findings(record: Record, limits: Limits, against: Against | None, run_scrip
     kinds = {log.seed: log.adapted for log in record.logs}
     for seed, path in record.artifacts.items():
         yield from probe(path, kinds.get(seed))
-    if not record.artifacts:
-        message = "there is no artifact of ours in the folder, so its conditions were not probed"
+    bare = [log.seed for log in record.logs if log.seed not in record.artifacts]
+    if bare or not record.artifacts:
+        of = f" of seed {', '.join(map(str, bare))}" if record.artifacts else ""
+        message = f"there is no artifact of ours{of} in the folder, so the conditions were not probed there"
         yield Finding(rule="condition.untested", message=message)
     if run_script and record.script is not None:
         yield from execute(record, is_ours=record.has_our_script)

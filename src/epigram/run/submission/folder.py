@@ -12,6 +12,8 @@ What counts against the cap is the size of `train_gpt.py` as it lies in the fold
 
 import hashlib
 import json
+import math
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -34,10 +36,12 @@ from epigram.run.submission.logs import LogFacts, read_log
 from epigram.run.submission.measured import Measured, seed_row
 from epigram.run.submission.readme import readme
 from epigram.run.submission.requirements import requirements
+from epigram.run.submission.rules.files import date_problem
 from epigram.run.submission.rules.runs import unlike
 from epigram.run.weights import ARTIFACT
 
 SCRIPT, README, JSON, REQUIREMENTS = "train_gpt.py", "README.md", "submission.json", "requirements.txt"
+_GITHUB = re.compile(r"(?=.{1,39}$)[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
 
 
@@ -57,6 +61,15 @@ class About:
     def __post_init__(self) -> None:
         if not self.author.strip() or not self.github_id.strip():
             raise UserError("a record names its author and the author's GitHub id")
+        if not self.author.isprintable() or not _GITHUB.fullmatch(self.github_id):
+            raise UserError(
+                f"{self.author!r} and {self.github_id!r} must be a name in one line, and a GitHub id: letters, digits "
+                "and single hyphens"
+            )
+        if self.date and (problem := date_problem(self.date)):
+            raise UserError(f"date = {self.date!r} {problem}")
+        if self.record_nats is not None and not 0 < self.record_nats < math.inf:
+            raise UserError(f"the record to beat, {self.record_nats} nats a token, must be a positive number")
         if self.track not in TRACKS:
             raise UserError(f"track = {self.track!r} must be one of {', '.join(TRACKS)}")
 

@@ -29,12 +29,12 @@ def files(record: Record) -> Iterator[Finding]:
                 yield Finding(rule="json.fields", message=f"submission.json has no {key}")
         if record.json.get("val_bpb") is not None and not is_number(record.json["val_bpb"]):
             yield Finding(rule="json.fields", message="val_bpb of submission.json is no number")
-        if record.json.get("date") not in (None, "") and (problem := _date_problem(record.json["date"])):
+        if record.json.get("date") not in (None, "") and (problem := date_problem(record.json["date"])):
             message = f"date is {json.dumps(record.json['date'])} in submission.json, which {problem}"
             yield Finding(rule="json.date", message=message)
 
 
-def _date_problem(said: object) -> str | None:
+def date_problem(said: object) -> str | None:
     """What is wrong with a date, or a date with a time after it."""
     if (day := _day(str(said))) is None:
         return "is no day"
