@@ -82,6 +82,9 @@ def test_against_a_record(shell, sides):
     assert "is not shown to be better than the record by at least 0.005 nats" in near["sentence"]
     assert far["record"]["is_record"] is True
     assert near["sentence"].startswith("3 seeds: ")
+    for number in ("nan", "inf", "-5"):
+        found = shell("compare", *new, "--record", number)
+        assert (found.code, "must be a positive number" in found.err) == (2, True)
 
 
 def test_what_cannot_be_compared(shell, sides, tmp_path: Path):

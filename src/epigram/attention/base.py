@@ -214,20 +214,7 @@ def choose(name: str, request: Request, measure: Measure | None = None) -> Choic
 
 
 def _load(name: str, request: Request) -> Attend:
-    try:
-        module = plugin.load(PACKAGE, name)
-        reason = _reason(module, name, request)
-    except UserError as error:
-        # To install a library would not help where its backend cannot serve.
-        reason = _other_device(name, request)
-        if reason is None:
-            raise
-        raise UserError(_refusal(name, reason)) from error
-    if reason is not None:
-        raise UserError(_refusal(name, reason))
-    attend: Attend = module.attend
+    if reason := why_not(name, request):
+        raise UserError(f"attention = {name!r} cannot be used here: {reason}")
+    attend: Attend = plugin.load(PACKAGE, name).attend
     return attend
-
-
-def _refusal(name: str, reason: str) -> str:
-    return f"attention = {name!r} cannot be used here: {reason}"

@@ -69,7 +69,12 @@ class ModelConfig:
             raise ValueError("; ".join(problems))
 
     def _size_problems(self) -> list[str]:
-        counts = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+        counts = ["vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"]
+        counts.append("rotary_reference_len")
+        if self.bigram_buckets:
+            counts.append("bigram_dim")
+        if self.value_embed_layers:
+            counts.append("value_embed_dim")
         found = [f"{name} = {getattr(self, name)} must be positive" for name in counts if getattr(self, name) < 1]
         if self.vocab_size > 59_000 and self.bigram_buckets:
             found.append(
@@ -83,14 +88,6 @@ class ModelConfig:
             found.append('rotary_dim = 2 has one frequency, which rotary_scaling = "ntk" cannot rescale: use "none"')
         if self.bigram_buckets == 1 or self.bigram_buckets < 0:
             found.append(f"bigram_buckets = {self.bigram_buckets} must be 0 (off) or at least 2")
-        sizes = {
-            "bigram_dim": self.bigram_buckets,
-            "value_embed_dim": self.value_embed_layers,
-            "rotary_reference_len": 1,
-        }
-        found += [
-            f"{k} = {getattr(self, k)} must be positive" for k, used in sizes.items() if used and getattr(self, k) < 1
-        ]
         for name in ("rotary_base", "embed_std"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"{name} = {getattr(self, name)} must be a positive number")

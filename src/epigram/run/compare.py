@@ -41,6 +41,8 @@ def compare_runs(
     mean of a published record, in nats a token; the runs are then also tested against the rule for records.
     Raises UserError for runs that are not finished, repeat a seed, or were scored on other text or in another way.
     """
+    if record_nats is not None:
+        statistics.record_to_beat(record_nats)
     ours, theirs = [read_scored(path) for path in runs], [read_scored(path) for path in against]
     require_comparable([*ours, *theirs], metric)
     if record_nats is not None:

@@ -31,7 +31,7 @@ def launch(num_processes: int, recipe: str | None = None, overrides: Sequence[st
         launcher.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
         launcher.wait()  # the run folder is being completed
         raise
-    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+    if code in torchrun.STOPPED:
         raise SystemExit(code)
     if code == torchrun.TOLD:
         raise LostPeerError(f"a process of the {num_processes} failed", told=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import mpmath
 
+from epigram.errors import UserError
+
 RECORD_NATS = 0.005
 RECORD_P = 0.01
 CONFIDENCE = 0.95
@@ -101,6 +103,13 @@ def welch(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -
     # Welch and Satterthwaite: the degrees of freedom of a sum of two variances.
     df = total**2 / sum(variance**2 / degrees for variance, degrees in parts) if total else 0.0
     return _test("welch", gain, margin, math.sqrt(total), df)
+
+
+def record_to_beat(nats: float) -> float:
+    """The mean of a record, in nats a token, as somebody typed it. Raises UserError for what no score can be."""
+    if not 0 < nats < math.inf:
+        raise UserError(f"the record to beat, {nats} nats a token, must be a positive number")
+    return nats
 
 
 def compare_with_number(ours: Sequence[float], number: float, margin: float = 0.0) -> Comparison:

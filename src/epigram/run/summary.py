@@ -56,12 +56,8 @@ def rounding_warning(result: Mapping[str, Any], run: Path) -> str | None:
     if not after - before > COSTLY_BPB:
         return None
     rounded = [row for row in result["quantization"] if row["method"] != "float16"]
-    # Tables that are only looked up have no Hessian; their plain error says as much, since all inputs are alike.
-    kinds = {
-        row["tensor_class"]: "relative_error" if row["hessian_error"] is None else "hessian_error" for row in rounded
-    }
-    worst = max(rounded, key=lambda row: row[kinds[row["tensor_class"]]])
-    kind = kinds[worst["tensor_class"]]
+    worst = max(rounded, key=lambda row: row[_error_kind(row)])
+    kind = _error_kind(worst)
     found = (
         f"rounding the weights cost {after - before:.4f} bits per byte ({method}: {before:.4f} to {after:.4f}), most "
         f"of all in class {worst['tensor_class']} ({'weighted ' if kind == 'hessian_error' else ''}error "
@@ -74,6 +70,12 @@ def rounding_warning(result: Mapping[str, Any], run: Path) -> str | None:
         'weights are; quant.grid.clip = "sigma" rounds in proportion to them. To try it without training again: '
         f"epigram export {shlex.quote(str(run))} --set quant.grid.clip=sigma"
     )
+
+
+def _error_kind(row: Mapping[str, Any]) -> str:
+    """Which of a class's errors to go by: a table that is only looked up has no Hessian, and needs none, since none of
+    its columns is read more than another."""
+    return "relative_error" if row["hessian_error"] is None else "hessian_error"
 
 
 def stable_lines(result: dict[str, Any]) -> list[str]:

@@ -8,6 +8,9 @@ import logging
 import signal
 import sys
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes: the processes wrote a checkpoint and ended, as told."""
+
 TOLD = 2
 """Exit code: a process failed, and the processes have said which and why."""
 
@@ -35,7 +38,7 @@ def main() -> None:
 
 def exit_code(found: list[int], num_processes: int) -> int:
     """What to make of the exit codes of those that had failed when torchrun looked; -9 is an end by signal 9."""
-    if set(found) in ({128 + signal.SIGTERM}, {128 + signal.SIGINT}):  # they wrote a checkpoint, as told
+    if len(set(found)) == 1 and found[0] in STOPPED:
         return found[0]
     return UNTOLD if len(found) == num_processes and max(found) < 0 else TOLD
 

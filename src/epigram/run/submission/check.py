@@ -1,12 +1,12 @@
 """`epigram check`: all that can be found about a record folder."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from epigram.errors import UserError
+from epigram.run.statistics import record_to_beat
 from epigram.run.submission.conditions import probe
 from epigram.run.submission.execute import execute
 from epigram.run.submission.findings import ERROR, Finding
@@ -50,9 +50,7 @@ def read_against(record: str | None) -> Against | None:
     except ValueError:
         pass
     else:
-        if not 0 < mean < math.inf:
-            raise UserError(f"the record to beat, {record} nats a token, must be a positive number")
-        return Against(name=f"the record of {record} nats", nats=(mean,))
+        return Against(name=f"the record of {record} nats", nats=(record_to_beat(mean),))
     other = read_record(Path(record))
     nats = [log.val_nats for log in other.logs if log.val_nats is not None]
     if not nats:
