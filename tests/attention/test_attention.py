@@ -1,6 +1,7 @@
 """Every backend of the folder against the oracle, forward and backward; the closed-form tile map."""
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from torch._inductor.ir import ExternKernel
 from torch._inductor.lowering import lowerings
 
 from epigram import plugin
-from epigram.attention import flex, reference, sdpa
+from epigram.attention import cudnn, flex, reference, sdpa
 from epigram.attention.base import PACKAGE, Request, band_mask, usable
 
 SHAPES = [(2, 33, 4, 2, 16), (1, 130, 4, 4, 16), (2, 257, 6, 2, 32)]  # B, T, H, K, D; no multiple of a tile
@@ -125,6 +126,57 @@ def output_and_gradients(attend, tensors: list[torch.Tensor], window: int) -> li
     out = attend(*tensors, window)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return [out.detach(), *torch.autograd.grad(out, tensors, weights.to(out.dtype))]
+
+
+GRADIENTS: list[bool] = []
+"""Whether the gradients of `watched_output` came contiguous, of (B, H, T, D) as (B, T, H, D)."""
+
+
+@torch.library.custom_op("epigram_tests::watched_gradient", mutates_args=())
+def watched_gradient(grad: torch.Tensor) -> torch.Tensor:
+    GRADIENTS.append(grad.transpose(1, 2).is_contiguous())
+    return grad.clone()
+
+
+@torch.library.custom_op("epigram_tests::watched_output", mutates_args=())
+def watched_output(out: torch.Tensor) -> torch.Tensor:
+    return out.clone()
+
+
+watched_gradient.register_fake(torch.empty_like)
+watched_output.register_fake(torch.empty_like)
+watched_output.register_autograd(lambda ctx, grad: watched_gradient(grad))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("name", "window"), [("sdpa", 0), ("cudnn", 0), ("sdpa", 16)])
+def test_gradients_of_every_layout_reach_the_kernel_alike(name: str, window: int, compiled: bool, monkeypatch) -> None:
+    """Contiguous, whatever follows attention: the plans of cuDNN's backward are kept for one layout."""
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False) -> torch.Tensor:
+        out = kernel(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+        return out if attn_mask is not None else watched_output(out)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(cudnn, "sdpa_kernel", lambda backend: nullcontext())
+    attend = plugin.load(PACKAGE, name).attend
+    attend = torch.compile(attend, backend="aot_eager", dynamic=False) if compiled else attend
+    tensors = inputs((2, 40, 4, 2, 16), torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.randn(2, 80, 4, 16, generator=draw)
+    exact = [reference.attend(*tensors, window)]
+    for weights in (
+        rows[:, :40],
+        rows[:, ::2],
+        rows.transpose(1, 2)[:, :, :40].contiguous().transpose(1, 2),
+        rows[:1, :1, :1, :1].expand(2, 40, 4, 16),
+    ):
+        GRADIENTS.clear()
+        found = torch.autograd.grad(attend(*tensors, window), tensors, weights)
+        expected = torch.autograd.grad(exact[0], tensors, weights, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert GRADIENTS == [True], weights.stride()
 
 
 @pytest.mark.parametrize("name", ["sdpa", "reference"])

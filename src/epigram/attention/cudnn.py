@@ -7,7 +7,6 @@ graph asks for the device.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,7 +42,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     assert window == 0 or window >= k.shape[1], "check() refuses windows"
     if q.shape[1] != k.shape[1] or q.shape[1] == 1:  # cuDNN's causal mask counts queries from the first key
         return sdpa.attend(q, k, v, 0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+        return sdpa.unmasked(q, k, v, causal=True)

@@ -6,6 +6,8 @@ keys of blocks i-1 and i only, so that time and memory grow with T * window inst
 by a mask for each sequence, B * T * T bytes for full attention: right everywhere, and fast nowhere.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,37 @@ from epigram.attention.base import HALF_PRECISIONS, Request, band_mask, expand_h
 # Not cuDNN: given a mask, its backward may return NaN at lengths that leave 64 when divided by 128 (torch issue
 # 196678).
 _WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; its gradient is copied where it is not contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Full attention, causal among as many queries as keys: (B, Tq, H, D) and (B, Tk, K, D) twice -> (B, Tq, H, D).
+
+    The kernel is given the gradient of its output contiguous. torch keeps a plan of cuDNN's backward for each layout of
+    q, k and v, and runs it whatever layout the gradient has: laid out unlike the first one, it would be read at wrong
+    places, and beyond its end (seen with torch 2.11; from cuDNN 9.5.1 on nothing else evens it out).
+    """
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (_heads_first(x) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    return _ContiguousGradient.apply(out) if out.requires_grad else out
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    x = x.transpose(1, 2)
+    # Views gave wrong values on Apple's devices without a word (torch issue 181133).
+    return x.contiguous() if x.device.type == "mps" else x
 
 
 def check(request: Request) -> str | None:
@@ -49,12 +82,9 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool)
     shares = q.device.type == "cuda" and mask is None and q.dtype in HALF_PRECISIONS
     if not shares:
         k, v = expand_heads(k, q.shape[2]), expand_heads(v, q.shape[2])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "mps":  # views gave wrong values there without a word (torch issue 181133)
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if mask is None:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+        return unmasked(q, k, v, causal=causal)
+    q, k, v = (_heads_first(x) for x in (q, k, v))
     mask = mask if mask.dim() == 2 else mask[:, None]
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
