@@ -4,6 +4,7 @@ What has no result says so: the page shows the whole plan at any time. Running i
 """
 
 import json
+import re
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ def write_pages(plan: Plan, results: Path, docs: Path, readme: Path) -> list[Pat
     found = {
         name: result for name, result in found_results([results / "evidence"]).items() if result["status"] == "finished"
     }
-    sections = [_intro(plan), *(_section(plan, claim, found, results) for claim in plan.claims.values())]
+    sections = [_intro(plan), _in_short(plan, found)]
+    sections += [_section(plan, claim, found, results) for claim in plan.claims.values()]
     sections.append(_earlier(results))
     page = docs / "results.md"
     _replace(page, BEGIN, END, "\n\n".join(section for section in sections if section))
@@ -160,8 +162,48 @@ def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> 
         lines += ["", f"![{claim.title}](results/plots/{plot.name})"]
     else:
         plot.unlink(missing_ok=True)
-    commands = _commands(plan, claim)
-    return "\n".join([*lines, *(["", "```", *commands, "```"] if commands else [])])
+    if commands := _commands(plan, claim):
+        lines += ["", "<details><summary>Commands</summary>", "", "```", *commands, "```", "", "</details>"]
+    return "\n".join(lines)
+
+
+def _in_short(plan: Plan, found: dict[str, Any]) -> str:
+    """A line for each claim: how much of it is measured, and its best row."""
+    head = ["", "published", "rows", "lowest", "of", "difference"]
+    lines = ["Each section in a line: how many of its rows are measured, and which has the lowest bits per byte.", ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for claim in plan.claims.values():
+        best = _best_times(plan, claim, found) if claim.plot == "steps" else _best_row(plan, claim, found)
+        lines.append(_line([f"[{claim.title}](#{_anchor(claim.title)})", claim.published or NONE, *best]))
+    return "\n".join(lines)
+
+
+def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
+    rows = rows_of(plan, claim, found)
+    measured = [row for row in rows if row.values(claim.compare)]
+    count = f"{len(measured)} of {len(rows)}"
+    if not measured:
+        return [count, NONE, NONE, NONE]
+    best = min(measured, key=lambda row: statistics.fmean(row.values(claim.compare).values()))
+    return [count, _mean(best.values(claim.compare), "{:.4f}"), best.label, _difference(plan, claim, best, found)]
+
+
+def _best_times(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
+    """Of the longest sequences, the shortest step."""
+    own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
+    timed = [e for e in own if e.name in found]
+    count = f"{len(timed)} of {len(own)}"
+    if not timed:
+        return [count, NONE, NONE, NONE]
+    times = _step_times(found[timed[-1].name])
+    best = min(times, key=lambda window: times[window])
+    saved = [f"{window} {100 * (1 - ms / times['none']):.0f} %" for window, ms in times.items() if window != "none"]
+    return [count, f"{times[best]:.1f} ms", f"window {best} at {timed[-1].about}", f"saved: {', '.join(saved)}"]
+
+
+def _anchor(title: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -249,7 +291,7 @@ def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> st
     if same := ours.keys() & other.keys():  # seed by seed, where that can be
         ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
     result = compare(ours, other)
-    words = f"{-result.gain:+.4f} to {name if row.variant == BASE else rival.about}{whole}"
+    words = f"{-result.gain:+.4f} to {claim.also.get(name, rival.about)}{whole}"
     if result.p is not None and result.p_worse is not None:
         words += f" (p = {min(result.p, result.p_worse):.2g})"
     return words + (", on another GPU" if row.gpus != theirs.gpus else "")

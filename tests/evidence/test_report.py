@@ -98,7 +98,7 @@ def test_mean_spread_and_difference(pages: Pages):
     assert row[1:4] == ["1, 2", "900, 61.3", f"{mean:.4f} ± {sd:.4f}"]
     assert row[6].startswith("15,000,000")
     # One seed in common: compared with that one alone, and nothing is claimed.
-    assert pages.row("the first again")[-1] == f"{ours[1] - theirs[1]:+.4f} to plain"
+    assert pages.row("the first again")[-1] == f"{ours[1] - theirs[1]:+.4f} to as it is"
 
 
 def test_a_difference_is_tested_seed_by_seed(pages: Pages):
@@ -119,7 +119,7 @@ def test_scores_over_different_bytes_are_compared_over_the_whole_text(pages: Pag
     for name, bpb, counted in (("plain-s1", 1.6, 900), ("again-s1", 1.3, 1_000)):
         rows = [{"variant": BASE, "model": "quantized", "score": "blocks@64", "val_bpb": bpb, "bytes": counted}]
         pages.add(CELLS[name], 0.0, rows=rows, text_bytes=1_000)
-    assert pages.row("the first again")[-1] == "-0.1400 to plain, per byte of the whole text"
+    assert pages.row("the first again")[-1] == "-0.1400 to as it is, per byte of the whole text"
     assert pages.row("as it is")[4] == "1.6000"
 
 
@@ -152,6 +152,30 @@ def test_settings_of_before_are_named(pages: Pages):
 def test_unfinished_cells_do_not_count(pages: Pages):
     pages.add(CELLS["plain-s1"], 1.3, status="cut")
     assert pages.row("as it is")[1] == "not measured"
+
+
+def test_the_best_of_each_claim_comes_first(pages: Pages):
+    def lines() -> list[str]:
+        page = pages.page()
+        anchors = re.findall(r"\(#([^)]*)\)", page)
+        headings = re.findall(r"^### (.*)$", page, re.MULTILINE)
+        assert anchors == [heading.lower().replace(" ", "-") for heading in headings[:2]]
+        return [line for line in page.splitlines() if line.startswith("| [")]
+
+    training, steps = lines()
+    rows = len([v for e in PLAN.experiments if e.claim == "training" for v in (BASE, *e.variants)])
+    assert training == f"| [Training](#training) | it helps | 0 of {rows} | - | - | - |"
+    assert steps == "| [Steps](#steps) | - | 0 of 1 | - | - | - |"
+    pages.add(CELLS["plain-s1"], 1.35, variants=(BASE, "nearest"))
+    pages.add(CELLS["again-s1"], 1.2)
+    timed = [
+        {"variant": v, "step": [{"name": "whole step", "median_ms": ms, "tokens": 65_536}]}
+        for v, ms in (("none", 80.0), ("16", 60.0))
+    ]
+    pages.add(CELLS["steps-64"], 0.0, rows=timed)
+    training, steps = lines()
+    assert training.endswith(f" | 3 of {rows} | 1.2000 | the first again | -0.1500 to as it is |")
+    assert steps.endswith(" | 1 of 1 | 60.0 ms | window 16 at 64 | saved: 16 25 % |")
 
 
 def test_step_times_at_equal_tokens(pages: Pages):
