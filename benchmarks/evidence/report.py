@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.evidence.cell import EVIDENCE
 from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Experiment, Plan, Spec, Variant
@@ -24,6 +24,7 @@ BEGIN, END = "<!-- evidence: python -m benchmarks.evidence report -->", "<!-- en
 HEAD_BEGIN, HEAD_END = "<!-- headline: python -m benchmarks.evidence report -->", "<!-- end of headline -->"
 MISSING, NONE = "not measured", "-"
 _EQUAL_TOKENS = 65_536
+_NOTICED = 0.0005
 
 
 @dataclass
@@ -175,7 +176,20 @@ def _in_short(plan: Plan, found: dict[str, Any]) -> str:
     for claim in plan.claims.values():
         best = _best_times(plan, claim, found) if claim.plot == "steps" else _best_row(plan, claim, found)
         lines.append(_line([f"[{claim.title}](#{_anchor(claim.title)})", claim.published or NONE, *best]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_no_help(plan, found)])
+
+
+def _no_help(plan: Plan, found: dict[str, Any]) -> list[str]:
+    """What was trained otherwise and is no better than what it is compared with."""
+    lines = []
+    for claim in plan.claims.values():
+        if claim.plot != "bars":
+            continue
+        rows = [row for row in rows_of(plan, claim, found) if row.variant == BASE]
+        pairs = [(row, _difference(plan, claim, row, found)) for row in rows]
+        worse = [f"{row.label} ({d.bpb:+.4f})" for row, d in pairs if isinstance(d, Difference) and d.bpb > -_NOTICED]
+        lines += [f"- [{claim.title}](#{_anchor(claim.title)}): {'; '.join(worse)}"] if worse else []
+    return ["", f"Tried, and no better by {_NOTICED} or more:", "", *lines] if lines else []
 
 
 def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -185,7 +199,7 @@ def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
     if not measured:
         return [count, NONE, NONE, NONE]
     best = min(measured, key=lambda row: statistics.fmean(row.values(claim.compare).values()))
-    return [count, _mean(best.values(claim.compare), "{:.4f}"), best.label, _difference(plan, claim, best, found)]
+    return [count, _mean(best.values(claim.compare), "{:.4f}"), best.label, str(_difference(plan, claim, best, found))]
 
 
 def _best_times(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -234,7 +248,7 @@ def _table(plan: Plan, claim: Claim, rows: Sequence[Row], found: dict[str, Any])
         cells = [row.label, ", ".join(map(str, row.seeds)) or MISSING, _pace(row)]
         cells += [_mean(row.values(column), "{:.4f}") for column in claim.columns]
         cells += [_mean(row.sizes.get(codec, {}), "{:,.0f}") for codec in codecs]
-        cells += [_difference(plan, claim, row, found)] if compared else []
+        cells += [str(_difference(plan, claim, row, found))] if compared else []
         lines.append(_line(cells))
     notes = sorted({f"{row.label}: {note}." for row in rows for note in row.notes})
     return [*lines, *(["", *notes] if notes else [])]
@@ -268,8 +282,18 @@ def _rival(claim: Claim, row: Row) -> str:
     return "" if name == row.experiment.name else name
 
 
-def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> str:
-    """How far below the rival's score the row's is: negative is better."""
+class Difference(NamedTuple):
+    """Of a row's score and its rival's, negative where the row is better, and what it is a difference to."""
+
+    bpb: float
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.bpb:+.4f} {self.words}"
+
+
+def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> Difference | str:
+    """How far below its rival's score the row's is; "" where it has no rival, "-" where one of both is not measured."""
     name = _rival(claim, row)
     if not name:
         return ""
@@ -277,9 +301,9 @@ def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> st
         return NONE
     counted = row.counted.get(claim.compare, 0)
     if name == PUBLISHED:
-        (share, target_share), words = _of_whole_text(row.text_bytes, counted, claim.target_bytes)
+        (share, target_share), whole = _of_whole_text(row.text_bytes, counted, claim.target_bytes)
         gain = statistics.fmean(ours.values()) * share - claim.target * target_share
-        return f"{gain:+.4f} to the published {claim.target}{words}"
+        return Difference(gain, f"to the published {claim.target}{whole}")
     rival = next(e for e in plan.experiments if e.name == name)
     theirs = _row(plan, rival, Variant(name=BASE), found)
     other = theirs.values(claim.compare)
@@ -291,10 +315,10 @@ def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> st
     if same := ours.keys() & other.keys():  # seed by seed, where that can be
         ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
     result = compare(ours, other)
-    words = f"{-result.gain:+.4f} to {claim.also.get(name, rival.about)}{whole}"
+    words = f"to {claim.also.get(name, rival.about)}{whole}"
     if result.p is not None and result.p_worse is not None:
         words += f" (p = {min(result.p, result.p_worse):.2g})"
-    return words + (", on another GPU" if row.gpus != theirs.gpus else "")
+    return Difference(-result.gain, words + (", on another GPU" if row.gpus != theirs.gpus else ""))
 
 
 def _of_whole_text(text_bytes: int, *counted: int) -> tuple[list[float], str]:
