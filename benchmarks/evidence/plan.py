@@ -193,8 +193,9 @@ class Claim:
 
     columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong
     into it, by what they are called there. reference: published rows, by column. baseline: the experiment that others
-    are compared with, by the score `compare`; target: the published one, over target_bytes of text. plot: one of
-    "bars", "bytes" (against bits per byte), "curve" (over the time), "steps" (of kind bench).
+    are compared with, by the score `compare` (of kind bench the variant that the page begins with); target: the
+    published one, over target_bytes of text. plot: one of "bars", "bytes" (against bits per byte), "curve" (over the
+    time), "steps" (of kind bench). tried: its rows were tried for the recipe, so those that are no better are listed.
     """
 
     name: str
@@ -209,6 +210,7 @@ class Claim:
     columns: tuple[str, ...] = ()
     also: dict[str, str] = field(default_factory=dict)
     reference: tuple[dict[str, str], ...] = ()
+    tried: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

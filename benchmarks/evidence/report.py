@@ -9,6 +9,7 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from benchmarks.evidence.cell import EVIDENCE
 from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Experiment, Plan, Spec, Variant
 from benchmarks.evidence.plots import Drawing, Point, save
 from benchmarks.evidence.runner import found_results
+from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.run.record import ENVIRONMENT, RESULT
 from epigram.run.statistics import compare
@@ -24,7 +26,6 @@ BEGIN, END = "<!-- evidence: python -m benchmarks.evidence report -->", "<!-- en
 HEAD_BEGIN, HEAD_END = "<!-- headline: python -m benchmarks.evidence report -->", "<!-- end of headline -->"
 MISSING, NONE = "not measured", "-"
 _EQUAL_TOKENS = 65_536
-_NOTICED = 0.0005
 
 
 @dataclass
@@ -169,27 +170,17 @@ def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> 
 
 
 def _in_short(plan: Plan, found: dict[str, Any]) -> str:
-    """A line for each claim: how much of it is measured, and its best row."""
-    head = ["", "published", "rows", "lowest", "of", "difference"]
-    lines = ["Each section in a line: how many of its rows are measured, and which has the lowest bits per byte.", ""]
-    lines += [_line(head), _line(["---"] * len(head))]
+    """A line for each claim: how much of it is measured, and its best row; then what was no better than before."""
+    head = ["", "published", "rows", "best", "score", "", "bytes", "difference"]
+    lead = (
+        "Each section in a line: how many of its rows are measured, and which has the lowest score. A file that is",
+        "marked *over* is over the cap with its code.",
+    )
+    lines = [*lead, "", _line(head), _line(["---"] * len(head))]
     for claim in plan.claims.values():
         best = _best_times(plan, claim, found) if claim.plot == "steps" else _best_row(plan, claim, found)
         lines.append(_line([f"[{claim.title}](#{_anchor(claim.title)})", claim.published or NONE, *best]))
     return "\n".join([*lines, *_no_help(plan, found)])
-
-
-def _no_help(plan: Plan, found: dict[str, Any]) -> list[str]:
-    """What was trained otherwise and is no better than what it is compared with."""
-    lines = []
-    for claim in plan.claims.values():
-        if claim.plot != "bars":
-            continue
-        rows = [row for row in rows_of(plan, claim, found) if row.variant == BASE]
-        pairs = [(row, _difference(plan, claim, row, found)) for row in rows]
-        worse = [f"{row.label} ({d.bpb:+.4f})" for row, d in pairs if isinstance(d, Difference) and d.bpb > -_NOTICED]
-        lines += [f"- [{claim.title}](#{_anchor(claim.title)}): {'; '.join(worse)}"] if worse else []
-    return ["", f"Tried, and no better by {_NOTICED} or more:", "", *lines] if lines else []
 
 
 def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -197,22 +188,39 @@ def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
     measured = [row for row in rows if row.values(claim.compare)]
     count = f"{len(measured)} of {len(rows)}"
     if not measured:
-        return [count, NONE, NONE, NONE]
-    best = min(measured, key=lambda row: statistics.fmean(row.values(claim.compare).values()))
-    return [count, _mean(best.values(claim.compare), "{:.4f}"), best.label, str(_difference(plan, claim, best, found))]
+        return [count, *[NONE] * 5]
+    beside_published = [row for row in measured if _rival(claim, row) == PUBLISHED]
+    best = min(beside_published or measured, key=lambda row: statistics.fmean(row.values(claim.compare).values()))
+    score = _mean(best.values(claim.compare), "{:.4f}")
+    difference = str(_difference(plan, claim, best, found))
+    return [count, best.label, claim.compare, score, _size(best, "entropy"), difference]
 
 
 def _best_times(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
-    """Of the longest sequences, the shortest step."""
+    """What the window named `compare` saves, at every length."""
     own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
-    timed = [e for e in own if e.name in found]
-    count = f"{len(timed)} of {len(own)}"
-    if not timed:
-        return [count, NONE, NONE, NONE]
-    times = _step_times(found[timed[-1].name])
-    best = min(times, key=lambda window: times[window])
-    saved = [f"{window} {100 * (1 - ms / times['none']):.0f} %" for window, ms in times.items() if window != "none"]
-    return [count, f"{times[best]:.1f} ms", f"window {best} at {timed[-1].about}", f"saved: {', '.join(saved)}"]
+    times = {e.about: _step_times(found.get(e.name, {})) for e in own}
+    saved = [f"{t[claim.compare] / t['none'] - 1:+.0%}" for t in times.values() if {claim.compare, "none"} <= t.keys()]
+    lengths = [length for length, t in times.items() if {claim.compare, "none"} <= t.keys()]
+    count = f"{len([t for t in times.values() if t])} of {len(own)}"
+    if not saved:
+        return [count, *[NONE] * 5]
+    difference = f"{', '.join(saved)} at {', '.join(lengths)}".replace("%", " %")
+    return [count, f"window {claim.compare}", "ms a step", NONE, NONE, difference]
+
+
+def _no_help(plan: Plan, found: dict[str, Any]) -> list[str]:
+    """What was tried for the recipe and has no lower score than what it is compared with."""
+    lines = []
+    for claim in plan.claims.values():
+        rows = [row for row in rows_of(plan, claim, found) if row.variant == BASE] if claim.tried else []
+        pairs = [(row, _difference(plan, claim, row, found)) for row in rows]
+        worse = [f"{row.label} ({d})" for row, d in pairs if isinstance(d, Difference) and round(d.bpb, 4) >= 0]
+        lines += [f"- [{claim.title}](#{_anchor(claim.title)}): {'; '.join(worse)}"] if worse else []
+    if not lines:
+        return []
+    words = "Tried, and no better (mostly one seed each, and seeds of one setting differ by a thousandth or two):"
+    return ["", words, "", *lines]
 
 
 def _anchor(title: str) -> str:
@@ -247,7 +255,7 @@ def _table(plan: Plan, claim: Claim, rows: Sequence[Row], found: dict[str, Any])
     for row in rows:
         cells = [row.label, ", ".join(map(str, row.seeds)) or MISSING, _pace(row)]
         cells += [_mean(row.values(column), "{:.4f}") for column in claim.columns]
-        cells += [_mean(row.sizes.get(codec, {}), "{:,.0f}") for codec in codecs]
+        cells += [_size(row, codec) for codec in codecs]
         cells += [str(_difference(plan, claim, row, found))] if compared else []
         lines.append(_line(cells))
     notes = sorted({f"{row.label}: {note}." for row in rows for note in row.notes})
@@ -272,6 +280,19 @@ def _mean(values: dict[int, Any], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values.values()))}"
 
 
+def _size(row: Row, codec: str) -> str:
+    """Bytes of the file, and whether it is too large for the cap with the code."""
+    sizes = row.sizes.get(codec, {})
+    return _mean(sizes, "{:,.0f}") + (", *over*" if max(sizes.values(), default=0) > _most_bytes() else "")
+
+
+@cache
+def _most_bytes() -> int:
+    """What the cap leaves for a model file of the recipe h100."""
+    artifact = load_recipe("h100").artifact
+    return artifact.cap_bytes - artifact.code_bytes
+
+
 def _rival(claim: Claim, row: Row) -> str:
     """Name of the experiment that a row is compared with; its own for a variant; none for the rival itself."""
     if row.variant != BASE:
@@ -289,7 +310,7 @@ class Difference(NamedTuple):
     words: str
 
     def __str__(self) -> str:
-        return f"{self.bpb:+.4f} {self.words}"
+        return f"{round(self.bpb, 4) + 0.0:+.4f} {self.words}"  # no -0.0000
 
 
 def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> Difference | str:
@@ -315,7 +336,7 @@ def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> Di
     if same := ours.keys() & other.keys():  # seed by seed, where that can be
         ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
     result = compare(ours, other)
-    words = f"to {claim.also.get(name, rival.about)}{whole}"
+    words = f'to "{claim.also.get(name, rival.about)}"{whole}'
     if result.p is not None and result.p_worse is not None:
         words += f" (p = {min(result.p, result.p_worse):.2g})"
     return Difference(-result.gain, words + (", on another GPU" if row.gpus != theirs.gpus else ""))
@@ -500,11 +521,11 @@ def headline(plan: Plan, found: dict[str, Any], results: Path) -> str:
             continue
         seeds = "one seed" if len(values) == 1 else f"{len(values)} seeds"
         beside = f" ({_published(plan.claims['h100'], row, column)})" if name == "h100-180" else ""
-        size = max(row.sizes["entropy"].values())
-        gpu = ", ".join(sorted(row.gpus))
+        size = f"{'at most ' if len(values) > 1 else ''}{max(row.sizes['entropy'].values()):,}"
+        gpu, files = ", ".join(sorted(row.gpus)), experiment.about.split(", ", 1)[1]
         lines += [
             f"{words} with the `h100` recipe on one {gpu} reached **{_mean(values, '{:.4f}')} bits per byte**",
-            f"({seeds}, sliding 2048/128, packed into at most {size:,} bytes) on a corpus of English prose{beside}.",
+            f"({seeds}, sliding 2048/128, packed into {size} bytes) on a corpus of English prose, training {files}{beside}.",
         ]
     if not lines:
         result = _json(results / "h100-180s" / RESULT)

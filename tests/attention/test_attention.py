@@ -128,14 +128,9 @@ def output_and_gradients(attend, tensors: list[torch.Tensor], window: int) -> li
     return [out.detach(), *torch.autograd.grad(out, tensors, weights.to(out.dtype))]
 
 
-GRADIENTS: list[bool] = []
-"""Whether the gradients of `watched_output` came contiguous, of (B, H, T, D) as (B, T, H, D)."""
-
-
-@torch.library.custom_op("epigram_tests::watched_gradient", mutates_args=())
-def watched_gradient(grad: torch.Tensor) -> torch.Tensor:
-    GRADIENTS.append(grad.transpose(1, 2).is_contiguous())
-    return grad.clone()
+STRIDES: list[tuple[int, ...]] = []
+"""Of the gradients that came to `watched_output`. It and its backward are operators: the compiler would trace through
+anything else, and note nothing."""
 
 
 @torch.library.custom_op("epigram_tests::watched_output", mutates_args=())
@@ -143,15 +138,22 @@ def watched_output(out: torch.Tensor) -> torch.Tensor:
     return out.clone()
 
 
-watched_gradient.register_fake(torch.empty_like)
+@torch.library.custom_op("epigram_tests::watched_gradient", mutates_args=())
+def watched_gradient(grad: torch.Tensor) -> torch.Tensor:
+    STRIDES.append(grad.stride())
+    return grad.clone()
+
+
 watched_output.register_fake(torch.empty_like)
+watched_gradient.register_fake(torch.empty_like)
 watched_output.register_autograd(lambda ctx, grad: watched_gradient(grad))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("name", "window"), [("sdpa", 0), ("cudnn", 0), ("sdpa", 16)])
-def test_gradients_of_every_layout_reach_the_kernel_alike(name: str, window: int, compiled: bool, monkeypatch) -> None:
-    """Contiguous, whatever follows attention: the plans of cuDNN's backward are kept for one layout."""
+def test_the_kernel_gets_gradients_of_one_layout(name: str, window: int, batch: int, traced: bool, monkeypatch) -> None:
+    """Whatever follows attention: plans of cuDNN's backward are kept for one."""
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     def watched(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False) -> torch.Tensor:
@@ -161,22 +163,24 @@ def test_gradients_of_every_layout_reach_the_kernel_alike(name: str, window: int
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     monkeypatch.setattr(cudnn, "sdpa_kernel", lambda backend: nullcontext())
     attend = plugin.load(PACKAGE, name).attend
-    attend = torch.compile(attend, backend="aot_eager", dynamic=False) if compiled else attend
-    tensors = inputs((2, 40, 4, 2, 16), torch.float32)
-    draw = torch.Generator().manual_seed(1)
-    rows = torch.randn(2, 80, 4, 16, generator=draw)
-    exact = [reference.attend(*tensors, window)]
-    for weights in (
-        rows[:, :40],
-        rows[:, ::2],
-        rows.transpose(1, 2)[:, :, :40].contiguous().transpose(1, 2),
-        rows[:1, :1, :1, :1].expand(2, 40, 4, 16),
-    ):
-        GRADIENTS.clear()
-        found = torch.autograd.grad(attend(*tensors, window), tensors, weights)
-        expected = torch.autograd.grad(exact[0], tensors, weights, retain_graph=True)
+
+    def weighted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (attend(q, k, v, window) * weights).sum()
+
+    function = torch.compile(weighted, backend="aot_eager", dynamic=False) if traced else weighted
+    length, heads, size = 40, 4, 16
+    tensors = inputs((batch, length, heads, 2, size), torch.float32)
+    rows = torch.randn(batch, 2 * length, heads, size, generator=torch.Generator().manual_seed(1))
+    heads_first = rows[:, :length].transpose(1, 2).contiguous().transpose(1, 2)
+    one = rows[:1, :1, :1, :1].expand(batch, length, heads, size)
+    first = (window or length) * heads * size  # numbers of one sequence of what is attended to without a mask
+    for weights in (rows[:, :length], rows[:, ::2], heads_first, one):
+        STRIDES.clear()
+        found = torch.autograd.grad(function(*tensors, weights), tensors)
+        expected = torch.autograd.grad((reference.attend(*tensors, window) * weights).sum(), tensors)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert GRADIENTS == [True], weights.stride()
+        (strides,) = STRIDES
+        assert strides == (first, size, heads * size, 1), weights.stride()
 
 
 @pytest.mark.parametrize("name", ["sdpa", "reference"])

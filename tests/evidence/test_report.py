@@ -98,7 +98,7 @@ def test_mean_spread_and_difference(pages: Pages):
     assert row[1:4] == ["1, 2", "900, 61.3", f"{mean:.4f} ± {sd:.4f}"]
     assert row[6].startswith("15,000,000")
     # One seed in common: compared with that one alone, and nothing is claimed.
-    assert pages.row("the first again")[-1] == f"{ours[1] - theirs[1]:+.4f} to as it is"
+    assert pages.row("the first again")[-1] == f'{ours[1] - theirs[1]:+.4f} to "as it is"'
 
 
 def test_a_difference_is_tested_seed_by_seed(pages: Pages):
@@ -111,7 +111,7 @@ def test_a_difference_is_tested_seed_by_seed(pages: Pages):
         pages.add(CELLS[f"plain-s{seed}"], 0.0, variants=(BASE, "nearest"), rows=rows)
     p = compare(other, base).p
     assert p is not None
-    assert pages.row("to nearest")[-1] == f"{-0.095:+.4f} to as it is (p = {p:.2g})"
+    assert pages.row("to nearest")[-1] == f'{-0.095:+.4f} to "as it is" (p = {p:.2g})'
 
 
 def test_scores_over_different_bytes_are_compared_over_the_whole_text(pages: Pages):
@@ -119,7 +119,7 @@ def test_scores_over_different_bytes_are_compared_over_the_whole_text(pages: Pag
     for name, bpb, counted in (("plain-s1", 1.6, 900), ("again-s1", 1.3, 1_000)):
         rows = [{"variant": BASE, "model": "quantized", "score": "blocks@64", "val_bpb": bpb, "bytes": counted}]
         pages.add(CELLS[name], 0.0, rows=rows, text_bytes=1_000)
-    assert pages.row("the first again")[-1] == "-0.1400 to as it is, per byte of the whole text"
+    assert pages.row("the first again")[-1] == '-0.1400 to "as it is", per byte of the whole text'
     assert pages.row("as it is")[4] == "1.6000"
 
 
@@ -154,31 +154,77 @@ def test_unfinished_cells_do_not_count(pages: Pages):
     assert pages.row("as it is")[1] == "not measured"
 
 
+TIMED = [
+    {"variant": window, "step": [{"name": "whole step", "median_ms": ms, "tokens": 65_536}]}
+    for window, ms in (("none", 80.0), ("16", 60.0))
+]
+
+
 def test_the_best_of_each_claim_comes_first(pages: Pages):
     def lines() -> list[str]:
-        page = pages.page()
-        anchors = re.findall(r"\(#([^)]*)\)", page)
-        headings = re.findall(r"^### (.*)$", page, re.MULTILINE)
-        assert anchors[:2] == [heading.lower().replace(" ", "-") for heading in headings[:2]]
-        return [line for line in page.splitlines() if line.startswith("| [")]
+        return [line for line in pages.page().splitlines() if line.startswith("| [")]
 
     training, steps = lines()
     rows = len([v for e in PLAN.experiments if e.claim == "training" for v in (BASE, *e.variants)])
-    assert training == f"| [Training](#training) | it helps | 0 of {rows} | - | - | - |"
-    assert steps == "| [Steps](#steps) | - | 0 of 1 | - | - | - |"
+    assert training == f"| [Training](#training) | it helps | 0 of {rows} | - | - | - | - | - |"
+    assert steps == "| [Steps](#steps) | - | 0 of 1 | - | - | - | - | - |"
     pages.add(CELLS["plain-s1"], 1.35, variants=(BASE, "nearest"))
     pages.add(CELLS["again-s1"], 1.2)
-    timed = [
-        {"variant": v, "step": [{"name": "whole step", "median_ms": ms, "tokens": 65_536}]}
-        for v, ms in (("none", 80.0), ("16", 60.0))
-    ]
-    pages.add(CELLS["steps-64"], 0.0, rows=timed)
+    pages.add(CELLS["steps-64"], 0.0, rows=TIMED)
     training, steps = lines()
-    assert training.endswith(f" | 3 of {rows} | 1.2000 | the first again | -0.1500 to as it is |")
-    assert steps.endswith(" | 1 of 1 | 60.0 ms | window 16 at 64 | saved: 16 25 % |")
+    best = 'the first again | quantized blocks@64 | 1.2000 | 15,000,000 | -0.1500 to "as it is"'
+    assert training.endswith(f"| 3 of {rows} | {best} |")
+    assert steps.endswith("| 1 of 1 | window 16 | ms a step | - | - | -25 % at 64 |")
+
+
+def test_what_stands_beside_the_published_score_is_the_best(pages: Pages):
+    """Whatever had more time, or other text, is lower without being better."""
+    plain, again = (CELLS[name].experiment for name in ("plain-s1", "again-s1"))
+    beside = replace(plain, against="published")
+    claim = replace(PLAN.claims["training"], target=1.4, baseline="")
+    plan = replace(
+        PLAN,
+        claims={"training": claim},
+        experiments=(beside, again),
+        cells=(replace(CELLS["plain-s1"], experiment=beside), CELLS["again-s1"]),
+    )
+    pages.add(CELLS["plain-s1"], 1.3)
+    pages.add(CELLS["again-s1"], 1.1)
+    write_pages(plan, pages.results, pages.docs, pages.readme)
+    (line,) = [line for line in (pages.docs / "results.md").read_text().splitlines() if line.startswith("| [")]
+    assert "| as it is | quantized blocks@64 | 1.3000 |" in line
+    assert line.endswith("| -0.1000 to the published 1.4 |")
+
+
+@pytest.mark.parametrize(("bpb", "listed"), [(1.3498, False), (1.34996, True), (1.36, True)])
+def test_what_did_not_help_is_listed(pages: Pages, bpb: float, listed: bool):
+    """What is lower by half a ten-thousandth is not lower."""
+    pages.add(CELLS["plain-s1"], 1.35, variants=(BASE, "nearest"))
+    pages.add(CELLS["again-s1"], bpb)
+    plan = replace(PLAN, claims={**PLAN.claims, "training": replace(PLAN.claims["training"], tried=True)})
     assert "Tried, and no better" not in pages.page()
-    pages.add(CELLS["again-s1"], 1.3497)
-    assert "\n- [Training](#training): the first again (-0.0003)\n" in pages.page()
+    write_pages(plan, pages.results, pages.docs, pages.readme)
+    words = f'- [Training](#training): the first again ({max(bpb - 1.35, 0):+.4f} to "as it is")'
+    assert (words in (pages.docs / "results.md").read_text().splitlines()) == listed
+
+
+def test_links_lead_to_headings():
+    """As GitHub names them: small letters, hyphens for spaces, and nothing of commas and colons."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    links = set(re.findall(r"\]\(#([^)]*)\)", page))
+    headings = [line.lstrip("# ").lower() for line in page.splitlines() if line.startswith("#")]
+    assert "window-attention-step-times" in links
+    assert links <= {"".join(c for c in h if c.isalnum() or c in " -_").replace(" ", "-") for h in headings}
+
+
+def test_files_over_the_cap_are_marked(pages: Pages):
+    artifact = load_recipe("h100").artifact
+    room = artifact.cap_bytes - artifact.code_bytes
+    for name, size in (("plain-s1", room), ("again-s1", room + 1)):
+        pages.add(CELLS[name], 1.3)
+        pages.write(f"evidence/{name}/result.json", {"codecs": {"entropy": {"artifact_bytes": size}}})
+    assert pages.row("as it is")[6] == f"{room:,}"
+    assert pages.row("the first again")[6] == f"{room + 1:,}, *over*"
 
 
 def test_step_times_at_equal_tokens(pages: Pages):

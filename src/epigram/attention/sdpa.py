@@ -20,29 +20,34 @@ from epigram.attention.base import HALF_PRECISIONS, Request, band_mask, expand_h
 _WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity; its gradient is copied where it is not contiguous."""
+class _EvenGradient(torch.autograd.Function):
+    """The identity; its gradient is contiguous, with the strides of a new tensor even along axes of size 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        return grad.reshape(-1).view(grad.shape)
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Full attention, causal among as many queries as keys: (B, Tq, H, D) and (B, Tk, K, D) twice -> (B, Tq, H, D).
 
-    The kernel is given the gradient of its output contiguous. torch keeps a plan of cuDNN's backward for each layout of
-    q, k and v, and runs it whatever layout the gradient has: laid out unlike the first one, it would be read at wrong
-    places, and beyond its end (seen with torch 2.11; from cuDNN 9.5.1 on nothing else evens it out).
+    The kernel is given the gradient of its output in one layout. torch keeps a plan of cuDNN's backward for each layout
+    of q, k and v, with the strides of the gradient that it was made for, and finds it again without them
+    (ATen/native/cudnn/MHA.cpp; gradients of compiled models were wrong with torch 2.11). Before cuDNN 9.5.1 torch laid
+    gradients out like the output itself; since then it does so only where neighbours do not lie side by side.
     """
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (_heads_first(x) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
-    return _ContiguousGradient.apply(out) if out.requires_grad else out
+    return _EvenGradient.apply(out) if out.requires_grad else out
 
 
 def _heads_first(x: Tensor) -> Tensor:
