@@ -525,7 +525,8 @@ def headline(plan: Plan, found: dict[str, Any], results: Path) -> str:
         gpu, files = ", ".join(sorted(row.gpus)), experiment.about.split(", ", 1)[1]
         lines += [
             f"{words} with the `h100` recipe on one {gpu} reached **{_mean(values, '{:.4f}')} bits per byte**",
-            f"({seeds}, sliding 2048/128, packed into {size} bytes) on a corpus of English prose, training {files}{beside}.",
+            f"({seeds}, sliding 2048/128, packed into {size} bytes) on a corpus of English prose,",
+            f"training {files}{beside}.",
         ]
     if not lines:
         result = _json(results / "h100-180s" / RESULT)
