@@ -3,54 +3,38 @@
 What has no result says so: the page shows the whole plan at any time. Running it again changes nothing.
 """
 
-import json
 import re
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.evidence.cell import EVIDENCE
-from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Experiment, Plan, Spec, Variant
+from benchmarks.evidence.commands import commands_of
+from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Plan, Variant
 from benchmarks.evidence.plots import Drawing, Point, save
+from benchmarks.evidence.rows import (
+    NONE,
+    Difference,
+    Row,
+    difference_of,
+    of_whole_text,
+    read_json,
+    rival_of,
+    row_of,
+    rows_of,
+    step_times,
+)
 from benchmarks.evidence.runner import found_results
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.run.record import ENVIRONMENT, RESULT
-from epigram.run.statistics import compare
 
 BEGIN, END = "<!-- evidence: python -m benchmarks.evidence report -->", "<!-- end of evidence -->"
 HEAD_BEGIN, HEAD_END = "<!-- headline: python -m benchmarks.evidence report -->", "<!-- end of headline -->"
-MISSING, NONE = "not measured", "-"
-_EQUAL_TOKENS = 65_536
-
-
-@dataclass
-class Row:
-    """One variant of an experiment over its seeds. scores: by column and seed; sizes: by codec and seed.
-
-    counted: bytes that a score is over, by column. text_bytes: of the whole validation text, with those that the
-    tokenizer cannot express; 0 where not known.
-    """
-
-    label: str
-    experiment: Experiment
-    variant: str
-    seeds: list[int] = field(default_factory=list)
-    scores: dict[str, dict[int, float]] = field(default_factory=dict)
-    counted: dict[str, int] = field(default_factory=dict)
-    text_bytes: int = 0
-    sizes: dict[str, dict[int, int]] = field(default_factory=dict)
-    steps: dict[int, int] = field(default_factory=dict)
-    step_ms: dict[int, float] = field(default_factory=dict)
-    gpus: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-
-    def values(self, column: str) -> dict[int, float]:
-        return self.scores.get(column, {})
+MISSING = "not measured"
 
 
 def write_pages(plan: Plan, results: Path, docs: Path, readme: Path) -> list[Path]:
@@ -73,57 +57,6 @@ def _replace(path: Path, begin: str, end: str, text: str) -> None:
         raise UserError(f"{path} needs the line {begin} and, below it, {end}")
     head, rest = before.split(begin)
     path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
-# -- what was measured ----------------------------------------------------------------------------------------------
-
-
-def rows_of(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[Row]:
-    """The rows of a claim's table: its experiments and those that it borrows, with their variants."""
-    by_name = {experiment.name: experiment for experiment in plan.experiments}
-    rows = [_row(plan, by_name[name], Variant(name=BASE, about=words), found) for name, words in claim.also.items()]
-    for experiment in plan.experiments:
-        if experiment.claim == claim.name and experiment.kind != "bench":
-            variants = [Variant(name=BASE, about=experiment.about), *experiment.variants]
-            rows += [_row(plan, experiment, variant, found) for variant in variants]
-    return sorted(rows, key=lambda row: row.experiment.train_s) if claim.plot == "curve" else rows
-
-
-def _row(plan: Plan, experiment: Experiment, variant: Variant, found: dict[str, Any]) -> Row:
-    row = Row(variant.about or variant.name, experiment, variant.name)
-    for cell in plan.cells:
-        result = found.get(cell.name)
-        if cell.experiment is not experiment or result is None:
-            continue
-        if result["fingerprint"] != cell.fingerprint:
-            row.notes.append("measured with settings of before")
-        folder = Path(result["folder"]) / ("" if variant.name == BASE else variant.name)
-        exported = _json(folder / RESULT)
-        if experiment.kind != "bench" and not exported:
-            continue
-        row.seeds.append(cell.seed)
-        row.gpus.add(result.get("gpu", "unknown"))
-        row.text_bytes = result.get("text_bytes", 0)
-        for score in result["rows"]:
-            if "score" in score and score["variant"] == variant.name:
-                column = f"{score['model']} {score['score']}"
-                row.scores.setdefault(column, {})[cell.seed] = score["val_bpb"]
-                row.counted[column] = score.get("bytes", 0)
-        for codec, size in _sizes(exported, experiment.kind).items():
-            row.sizes.setdefault(codec, {})[cell.seed] = size
-        if "steps" in exported:
-            row.steps[cell.seed], row.step_ms[cell.seed] = exported["steps"], exported["step_ms"]
-    return row
-
-
-def _sizes(exported: dict[str, Any], kind: str) -> dict[str, int]:
-    """Bytes of the artifact by codec; of a whole job by its own, which is called entropy."""
-    sizes = {codec: size["artifact_bytes"] for codec, size in exported.get("codecs", {}).items()}
-    return {"entropy": exported["artifact_bytes"]} | sizes if kind == "whole" else sizes
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 # -- a claim --------------------------------------------------------------------------------------------------------
@@ -164,7 +97,7 @@ def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> 
         lines += ["", f"![{claim.title}](results/plots/{plot.name})"]
     else:
         plot.unlink(missing_ok=True)
-    if commands := _commands(plan, claim):
+    if commands := commands_of(plan, claim):
         lines += ["", "<details><summary>Commands</summary>", "", "```", *commands, "```", "", "</details>"]
     return "\n".join(lines)
 
@@ -189,24 +122,23 @@ def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
     count = f"{len(measured)} of {len(rows)}"
     if not measured:
         return [count, *[NONE] * 5]
-    beside_published = [row for row in measured if _rival(claim, row) == PUBLISHED]
+    beside_published = [row for row in measured if rival_of(claim, row) == PUBLISHED]
     best = min(beside_published or measured, key=lambda row: statistics.fmean(row.values(claim.compare).values()))
     score = _mean(best.values(claim.compare), "{:.4f}")
-    difference = str(_difference(plan, claim, best, found))
+    difference = str(difference_of(plan, claim, best, found))
     return [count, best.label, claim.compare, score, _size(best, "entropy"), difference]
 
 
 def _best_times(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
     """What the window named `compare` saves, at every length."""
     own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
-    times = {e.about: _step_times(found.get(e.name, {})) for e in own}
-    saved = [f"{t[claim.compare] / t['none'] - 1:+.0%}" for t in times.values() if {claim.compare, "none"} <= t.keys()]
-    lengths = [length for length, t in times.items() if {claim.compare, "none"} <= t.keys()]
-    count = f"{len([t for t in times.values() if t])} of {len(own)}"
-    if not saved:
+    times = {e.about: step_times(found.get(e.name, {})) for e in own}
+    both = {length: t for length, t in times.items() if {claim.compare, "none"} <= t.keys()}
+    count = f"{len(both)} of {len(own)}"
+    if not both:
         return [count, *[NONE] * 5]
-    difference = f"{', '.join(saved)} at {', '.join(lengths)}".replace("%", " %")
-    return [count, f"window {claim.compare}", "ms a step", NONE, NONE, difference]
+    saved = ", ".join(f"{100 * (t[claim.compare] / t['none'] - 1):+.0f} %" for t in both.values())
+    return [count, f"window {claim.compare}", "ms a step", NONE, NONE, f"{saved} at {', '.join(both)}"]
 
 
 def _no_help(plan: Plan, found: dict[str, Any]) -> list[str]:
@@ -214,7 +146,7 @@ def _no_help(plan: Plan, found: dict[str, Any]) -> list[str]:
     lines = []
     for claim in plan.claims.values():
         rows = [row for row in rows_of(plan, claim, found) if row.variant == BASE] if claim.tried else []
-        pairs = [(row, _difference(plan, claim, row, found)) for row in rows]
+        pairs = [(row, difference_of(plan, claim, row, found)) for row in rows]
         worse = [f"{row.label} ({d})" for row, d in pairs if isinstance(d, Difference) and round(d.bpb, 4) >= 0]
         lines += [f"- [{claim.title}](#{_anchor(claim.title)}): {'; '.join(worse)}"] if worse else []
     if not lines:
@@ -235,7 +167,7 @@ def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
         result = found.get(cell.name)
         if result is None or (cell.experiment.claim != claim.name and cell.experiment.name not in claim.also):
             continue
-        machine = _json(Path(result["folder"]) / ENVIRONMENT)
+        machine = read_json(Path(result["folder"]) / ENVIRONMENT)
         versions = machine.get("versions", {})
         known = [f"{name} {versions[name]}" for name in ("torch", "triton", "flash-attn-4") if versions.get(name)]
         if (words := ", ".join([result.get("gpu", "unknown"), *known])) not in seen:
@@ -245,7 +177,7 @@ def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
 
 def _table(plan: Plan, claim: Claim, rows: Sequence[Row], found: dict[str, Any]) -> list[str]:
     codecs = ["entropy", *sorted({c for r in rows for v in r.experiment.variants for c in v.codecs} - {"entropy"})]
-    compared = any(_rival(claim, row) for row in rows)
+    compared = any(rival_of(claim, row) for row in rows)
     head = ["", "seeds", "steps, ms", *claim.columns, *(f"bytes, {codec}" for codec in codecs)]
     head += [f"difference in {claim.compare}"] if compared else []
     lines = [_line(head), _line(["---"] * len(head))]
@@ -256,7 +188,7 @@ def _table(plan: Plan, claim: Claim, rows: Sequence[Row], found: dict[str, Any])
         cells = [row.label, ", ".join(map(str, row.seeds)) or MISSING, _pace(row)]
         cells += [_mean(row.values(column), "{:.4f}") for column in claim.columns]
         cells += [_size(row, codec) for codec in codecs]
-        cells += [str(_difference(plan, claim, row, found))] if compared else []
+        cells += [str(difference_of(plan, claim, row, found))] if compared else []
         lines.append(_line(cells))
     notes = sorted({f"{row.label}: {note}." for row in rows for note in row.notes})
     return [*lines, *(["", *notes] if notes else [])]
@@ -293,67 +225,6 @@ def _most_bytes() -> int:
     return artifact.cap_bytes - artifact.code_bytes
 
 
-def _rival(claim: Claim, row: Row) -> str:
-    """Name of the experiment that a row is compared with; its own for a variant; none for the rival itself."""
-    if row.variant != BASE:
-        return row.experiment.name
-    if row.experiment.claim != claim.name:
-        return ""
-    name = row.experiment.against or claim.baseline
-    return "" if name == row.experiment.name else name
-
-
-class Difference(NamedTuple):
-    """Of a row's score and its rival's, negative where the row is better, and what it is a difference to."""
-
-    bpb: float
-    words: str
-
-    def __str__(self) -> str:
-        return f"{round(self.bpb, 4) + 0.0:+.4f} {self.words}"  # no -0.0000
-
-
-def _difference(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> Difference | str:
-    """How far below its rival's score the row's is; "" where it has no rival, "-" where one of both is not measured."""
-    name = _rival(claim, row)
-    if not name:
-        return ""
-    if not (ours := row.values(claim.compare)):
-        return NONE
-    counted = row.counted.get(claim.compare, 0)
-    if name == PUBLISHED:
-        (share, target_share), whole = _of_whole_text(row.text_bytes, counted, claim.target_bytes)
-        gain = statistics.fmean(ours.values()) * share - claim.target * target_share
-        return Difference(gain, f"to the published {claim.target}{whole}")
-    rival = next(e for e in plan.experiments if e.name == name)
-    theirs = _row(plan, rival, Variant(name=BASE), found)
-    other = theirs.values(claim.compare)
-    if not other:
-        return NONE
-    (share, other_share), whole = _of_whole_text(row.text_bytes, counted, theirs.counted.get(claim.compare, 0))
-    ours = {seed: score * share for seed, score in ours.items()}
-    other = {seed: score * other_share for seed, score in other.items()}
-    if same := ours.keys() & other.keys():  # seed by seed, where that can be
-        ours, other = ({seed: side[seed] for seed in same} for side in (ours, other))
-    result = compare(ours, other)
-    words = f'to "{claim.also.get(name, rival.about)}"{whole}'
-    if result.p is not None and result.p_worse is not None:
-        words += f" (p = {min(result.p, result.p_worse):.2g})"
-    return Difference(-result.gain, words + (", on another GPU" if row.gpus != theirs.gpus else ""))
-
-
-def _of_whole_text(text_bytes: int, *counted: int) -> tuple[list[float], str]:
-    """Factors that make scores over `counted` bytes such of the whole text, and words that say so; all 1 where equally
-    many were counted.
-
-    A tokenizer that cannot express some bytes does not say what they are either, so its score of the whole text is too
-    good by what that would cost: whoever expresses them and is still better is better by at least the difference.
-    """
-    if not text_bytes or not all(counted) or len(set(counted)) == 1:
-        return [1.0] * len(counted), ""
-    return [count / text_bytes for count in counted], ", per byte of the whole text"
-
-
 def _steps(plan: Plan, claim: Claim, found: dict[str, Any]) -> tuple[list[str], Drawing | None]:
     """Times by length and window, as of 65,536 tokens, with the share that a window saves."""
     own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
@@ -361,7 +232,7 @@ def _steps(plan: Plan, claim: Claim, found: dict[str, Any]) -> tuple[list[str], 
     head = ["length", *(f"window {window}" for window in windows)]
     lines, series = [_line(head), _line(["---"] * len(head))], {f"window {window}": [] for window in windows}
     for experiment in own:
-        times = _step_times(found.get(experiment.name, {}))
+        times = step_times(found.get(experiment.name, {}))
         cells = []
         for window in windows:
             if window not in times:
@@ -377,15 +248,6 @@ def _steps(plan: Plan, claim: Claim, found: dict[str, Any]) -> tuple[list[str], 
         title=claim.title, x_label="tokens in a sequence", y_label="ms a step of 65,536 tokens", series=series, log_x=2
     )
     return lines, drawing if series else None
-
-
-def _step_times(result: dict[str, Any]) -> dict[str, float]:
-    """Median ms of a whole step by variant, scaled to equal tokens."""
-    times = {}
-    for row in result.get("rows", []):
-        whole = next(step for step in row["step"] if step["name"] == "whole step")
-        times[row["variant"]] = whole["median_ms"] * _EQUAL_TOKENS / whole["tokens"]
-    return times
 
 
 def _drawing(claim: Claim, rows: Sequence[Row]) -> Drawing | None:
@@ -424,51 +286,6 @@ def _point(row: Row, column: str, *, x: float, label: str = "") -> Point:
     return Point(x=x, y=round(statistics.fmean(values), 6), spread=round(spread, 6), label=label)
 
 
-# -- commands -------------------------------------------------------------------------------------------------------
-
-
-def _commands(plan: Plan, claim: Claim) -> list[str]:
-    """What repeats each row, one command a line: training, export, scores."""
-    lines = []
-    for experiment in plan.experiments:
-        if experiment.claim == claim.name:
-            lines += command_of(plan, experiment)
-    return lines
-
-
-def command_of(plan: Plan, experiment: Experiment) -> list[str]:
-    """The commands of one experiment."""
-    if experiment.kind == "bench":
-        return [
-            f"epigram bench step --recipe {experiment.recipe} {_sets((*experiment.set, *variant.set))}".rstrip()
-            for variant in experiment.variants
-        ]
-    cell = next(cell for cell in plan.cells if cell.experiment is experiment)
-    own = [setting for setting in cell.settings if setting not in plan.defaults]
-    short = ' "${SHORT[@]}"' if experiment.kind == "train" and not experiment.repeats else ""
-    recipe = f"docs/results/evidence/{experiment.repeats}/config.toml" if experiment.repeats else experiment.recipe
-    seed = str(experiment.seeds[0]) if len(experiment.seeds) == 1 else "SEED"
-    run = f"runs/{experiment.name}-{seed}"
-    train = f"epigram train {recipe} --data data/{experiment.data} --seed {seed} --out {run} {_sets(own)}".rstrip()
-    lines = [train + short]
-    lines += [f"epigram export {run} --out {run}/{v.name} {_sets(v.set)}" for v in experiment.variants]
-    scores = dict.fromkeys([*experiment.scores, *experiment.float_scores])
-    return [*lines, *(_score(run, experiment.data, text) for text in scores)]
-
-
-def _score(run: str, data: str, text: str) -> str:
-    spec = Spec.parse(text)
-    words = f"epigram score {run} --data data/{data} --method {spec.windows.name} --seq-len {spec.seq_len}"
-    words += f" --stride {spec.stride}" if spec.windows.name == "sliding" else ""
-    words += f" --adapt {spec.method}" if spec.adapt else ""
-    words += f" --set score.adapt.lora.chunk_tokens={spec.stride}" if spec.method == "lora" else ""
-    return words + (f" --max-tokens {spec.max_tokens}" if spec.max_tokens else "")
-
-
-def _sets(settings: Sequence[str]) -> str:
-    return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-
-
 # -- other runs, and the headline -----------------------------------------------------------------------------------
 
 
@@ -488,11 +305,11 @@ def _earlier(results: Path) -> str:
     lines = ["### Runs of before", "", "With recipes of their time; what each was for stands below.", ""]
     lines += [_line(head), _line(["---"] * len(head))]
     for path in sorted(results.glob(f"*/{RESULT}")):
-        result = _json(path)
+        result = read_json(path)
         if (path.parent / EVIDENCE).exists() or "scores" not in result:
             continue
         device = result.get("paths", {}).get("device") or "cpu"
-        machine = _json(path.parent / ENVIRONMENT)
+        machine = read_json(path.parent / ENVIRONMENT)
         device = next((gpu["name"] for gpu in machine.get("gpus") or []), device)
         cells = [f"`{path.parent.name}`", f"{result['recipe']}, {result['seed']}", device, f"{result['train_s']:.0f}"]
         cells.append(f"{result['steps']:,}, {result['step_ms']:.1f}")
@@ -505,7 +322,7 @@ def _earlier(results: Path) -> str:
 
 def _published(claim: Claim, row: Row, column: str) -> str:
     """What the published code reached, per byte of the text that the row's score is over, and on what."""
-    (_, share), words = _of_whole_text(row.text_bytes, row.counted.get(column, 0), claim.target_bytes)
+    (_, share), words = of_whole_text(row.text_bytes, row.counted.get(column, 0), claim.target_bytes)
     return f"the published code on one H100: {claim.target * share:.4f}{words}, and over the cap"
 
 
@@ -516,7 +333,7 @@ def headline(plan: Plan, found: dict[str, Any], results: Path) -> str:
         experiment = next((e for e in plan.experiments if e.name == name), None)
         if experiment is None:
             continue
-        row = _row(plan, experiment, Variant(name=BASE), found)
+        row = row_of(plan, experiment, Variant(name=BASE), found)
         if not (values := row.values(column)):
             continue
         seeds = "one seed" if len(values) == 1 else f"{len(values)} seeds"
@@ -529,7 +346,7 @@ def headline(plan: Plan, found: dict[str, Any], results: Path) -> str:
             f"training {files}{beside}.",
         ]
     if not lines:
-        result = _json(results / "h100-180s" / RESULT)
+        result = read_json(results / "h100-180s" / RESULT)
         bpb = result["scores"]["float"]["blocks"]["val_bpb"]
         steps = f"{result['steps']:,} steps of {result['step_ms']:.1f} ms"
         lines += [

@@ -13,8 +13,9 @@ import pytest
 from benchmarks import loss_curves
 from benchmarks.evidence import plots
 from benchmarks.evidence.cell import EVIDENCE, describe
+from benchmarks.evidence.commands import command_of
 from benchmarks.evidence.plan import BASE, Cell, load_plan
-from benchmarks.evidence.report import BEGIN, END, HEAD_BEGIN, HEAD_END, command_of, write_pages
+from benchmarks.evidence.report import BEGIN, END, HEAD_BEGIN, HEAD_END, write_pages
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.run.statistics import compare
