@@ -31,12 +31,13 @@ def test_storable_is_never_zero_and_never_infinite() -> None:
 
 
 def test_quantiles_are_those_of_torch() -> None:
+    """To a rounding or two: from torch 2.14 on its own are interpolated otherwise."""
     generator = torch.Generator().manual_seed(0)
     for cols in (1, 2, 7, 512, 1536, 5000):
         weight = torch.randn(3, 6, cols, generator=generator).abs()
         ours = row_quantiles(weight, SEARCH_QUANTILES)
         for index, quantile in enumerate(SEARCH_QUANTILES):
-            assert torch.equal(ours[:, index], torch.quantile(weight, quantile, dim=-1)), (cols, quantile)
+            torch.testing.assert_close(ours[:, index], torch.quantile(weight, quantile, dim=-1), rtol=2.4e-7, atol=0.0)
 
 
 def test_candidates_of_search_end_with_max_and_respect_the_floor() -> None:

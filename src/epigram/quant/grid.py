@@ -143,8 +143,8 @@ def storable(step: Tensor) -> Tensor:
 def row_quantiles(magnitude: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     """Quantiles near 1 of each row, linear interpolation: (..., rows, cols) -> (..., quantiles, rows).
 
-    Equal to `torch.quantile(magnitude, q, dim=-1)` bit for bit, but by a top-k instead of a sort and without
-    its limit of 16 M elements.
+    Equal to `torch.quantile(magnitude, q, dim=-1)`, up to torch 2.13 bit for bit, but by a top-k instead of a sort
+    and without its limit of 16 M elements.
     """
     cols = magnitude.shape[-1]
     ranks = [float(torch.tensor(q, dtype=torch.float32) * (cols - 1)) for q in quantiles]  # float32 as in torch
