@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -30,14 +31,19 @@ def test_storable_is_never_zero_and_never_infinite() -> None:
     assert steps.half().isfinite().all()
 
 
-def test_quantiles_are_those_of_torch() -> None:
-    """To a rounding or two: from torch 2.14 on its own are interpolated otherwise."""
+def test_quantiles_are_interpolated_at_ranks_in_float32() -> None:
+    """As torch.quantile does up to 2.13, bit for bit; 2.14 rounds otherwise."""
     generator = torch.Generator().manual_seed(0)
     for cols in (1, 2, 7, 512, 1536, 5000):
         weight = torch.randn(3, 6, cols, generator=generator).abs()
         ours = row_quantiles(weight, SEARCH_QUANTILES)
+        ordered = weight.double().sort(dim=-1).values
         for index, quantile in enumerate(SEARCH_QUANTILES):
-            torch.testing.assert_close(ours[:, index], torch.quantile(weight, quantile, dim=-1), rtol=2.4e-7, atol=0.0)
+            rank = float(np.float32(quantile) * np.float32(cols - 1))
+            below, above = ordered[..., math.floor(rank)], ordered[..., math.ceil(rank)]
+            expected = below + (rank - math.floor(rank)) * (above - below)
+            torch.testing.assert_close(ours[:, index].double(), expected, rtol=2.4e-7, atol=0.0)
+            torch.testing.assert_close(ours[:, index], torch.quantile(weight, quantile, dim=-1), rtol=1e-4, atol=0.0)
 
 
 def test_candidates_of_search_end_with_max_and_respect_the_floor() -> None:

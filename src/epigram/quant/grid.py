@@ -147,7 +147,7 @@ def row_quantiles(magnitude: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     and without its limit of 16 M elements.
     """
     cols = magnitude.shape[-1]
-    ranks = [float(torch.tensor(q, dtype=torch.float32) * (cols - 1)) for q in quantiles]  # float32 as in torch
+    ranks = [float(torch.tensor(q, dtype=torch.float32) * (cols - 1)) for q in quantiles]  # as published
     lowest = min(math.floor(rank) for rank in ranks)
     top = magnitude.topk(cols - lowest, dim=-1).values  # top[..., i] has rank cols - 1 - i
     rows = []
