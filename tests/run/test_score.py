@@ -9,6 +9,7 @@ import torch
 from run_helpers import write_text
 
 import epigram
+from epigram.config import load_recipe
 from epigram.data import published
 from epigram.data.cache import ensure_built
 from epigram.data.check import check
@@ -19,7 +20,8 @@ from epigram.data.tokenizer_training import train_tokenizer
 from epigram.dist.context import Context
 from epigram.errors import DataError, UserError
 from epigram.evaluation.windows import Method
-from epigram.run import choices, score
+from epigram.model.gpt import GPT
+from epigram.run import choices, score, setup
 from epigram.run.score import score_model, score_split
 from epigram.run.setup import Losses
 
@@ -193,3 +195,14 @@ def test_a_text_without_anything_to_score(finished: Path, tmp_path: Path, monkey
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match=r"there is no text to score in a\.txt"):
         score_model(finished, "a.txt", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "pays"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_scores_are_compiled_where_that_pays(device: str, compiled: bool, pays: bool, monkeypatch: pytest.MonkeyPatch):
+    model, prepared = GPT(load_recipe("smoke").model), []
+    monkeypatch.setattr(setup, "compile_shapes", lambda function: prepared.append(function) or function)
+    losses = setup.scoring_losses(model, compiled, "auto", Context(device=torch.device(device)))
+    assert prepared == ([model.nll, model.loss] if pays else [])
+    assert (losses.windows, losses.learning) == (model.nll, model.loss)

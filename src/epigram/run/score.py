@@ -282,10 +282,10 @@ def is_built(path: Path) -> bool:
 
 
 def losses_for_scoring(model: GPT, context: Context, work: Work) -> Losses:
-    """The losses of a model, whose kernels are fused where that can be, else compiled on CUDA if a compiler is there.
+    """The losses of a model, whose kernels are fused where that can be, else compiled where that pays.
 
-    Attention backends are those that are fastest then at `work`. On a CPU a score is over before compiling would pay.
+    Attention backends are those that are fastest then at `work`.
     """
-    compiled, _ = attach_kernels(model, "auto", "auto" if context.device.type == "cuda" else "off", context)
+    compiled, _ = attach_kernels(model, "auto", "auto", context)
     attach_attention(model, "auto", context, compiled, work)
     return scoring_losses(model, compiled, "auto", context)

@@ -217,7 +217,10 @@ class Losses:
 
 
 def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -> Losses:
-    """The losses of `model`. backend: as in `RunConfig.attention`."""
+    """The losses of `model`. backend: as in `RunConfig.attention`.
+
+    On a CPU they are not compiled: that takes longer than all scores of a demo, and then saves a fifth.
+    """
 
     def open_stream(method: Method) -> StreamLoss:
         attend, _ = stream_attention(model, backend, context)
@@ -227,7 +230,8 @@ def scoring_losses(model: GPT, compiled: bool, backend: str, context: Context) -
         cache = Cache(model.config, method.seq_len, limits=limits, attend=attend)
         return partial(model.nll, cache=cache)
 
-    prepare = compile_shapes if compiled else lambda function: function
+    pays = compiled and context.device.type == "cuda"
+    prepare = compile_shapes if pays else lambda function: function
     return Losses(windows=prepare(model.nll), stream=open_stream, learning=prepare(model.loss))
 
 
