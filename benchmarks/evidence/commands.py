@@ -45,4 +45,5 @@ def _score(run: str, data: str, text: str) -> str:
 
 
 def sets(settings: Sequence[str]) -> str:
+    """Settings as options of a command."""
     return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)

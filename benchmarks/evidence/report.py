@@ -4,7 +4,6 @@ What has no result says so: the page shows the whole plan at any time. Running i
 """
 
 import re
-import shlex
 import statistics
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.cell import EVIDENCE
-from benchmarks.evidence.commands import commands_of
+from benchmarks.evidence.commands import commands_of, sets
 from benchmarks.evidence.plan import BASE, PUBLISHED, Claim, Plan, Variant
 from benchmarks.evidence.plots import Drawing, Point, save
 from benchmarks.evidence.rows import (
@@ -25,7 +24,7 @@ from benchmarks.evidence.rows import (
     rival_of,
     row_of,
     rows_of,
-    step_times,
+    times_of,
 )
 from benchmarks.evidence.runner import found_results
 from epigram.config import load_recipe
@@ -63,7 +62,6 @@ def _replace(path: Path, begin: str, end: str, text: str) -> None:
 
 
 def _intro(plan: Plan) -> str:
-    short = " ".join(f"--set {shlex.quote(setting)}" for setting in plan.defaults)
     return f"""## Claims and questions
 
 Written by `python -m benchmarks.evidence report` from `docs/results/evidence/`, which holds config, log and result of
@@ -77,7 +75,7 @@ train-01.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_N_bpe.model`, `two` t
 `three-8192` has `train-02.jsonl.zst` too. In the commands, SEED is each of the row's, and
 
 ```
-SHORT=({short})
+SHORT=({sets(plan.defaults)})
 ```"""
 
 
@@ -112,7 +110,7 @@ def _in_short(plan: Plan, found: dict[str, Any]) -> str:
     lines = [*lead, "", _line(head), _line(["---"] * len(head))]
     for claim in plan.claims.values():
         best = _best_times(plan, claim, found) if claim.plot == "steps" else _best_row(plan, claim, found)
-        lines.append(_line([f"[{claim.title}](#{_anchor(claim.title)})", claim.published or NONE, *best]))
+        lines.append(_line([_link(claim), claim.published or NONE, *best]))
     return "\n".join([*lines, *_no_help(plan, found)])
 
 
@@ -131,10 +129,9 @@ def _best_row(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
 
 def _best_times(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
     """What the window named `compare` saves, at every length."""
-    own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
-    times = {e.about: step_times(found.get(e.name, {})) for e in own}
+    times = times_of(plan, claim, found)
     both = {length: t for length, t in times.items() if {claim.compare, "none"} <= t.keys()}
-    count = f"{len(both)} of {len(own)}"
+    count = f"{len(both)} of {len(times)}"
     if not both:
         return [count, *[NONE] * 5]
     saved = ", ".join(f"{100 * (t[claim.compare] / t['none'] - 1):+.0f} %" for t in both.values())
@@ -148,16 +145,17 @@ def _no_help(plan: Plan, found: dict[str, Any]) -> list[str]:
         rows = [row for row in rows_of(plan, claim, found) if row.variant == BASE] if claim.tried else []
         pairs = [(row, difference_of(plan, claim, row, found)) for row in rows]
         worse = [f"{row.label} ({d})" for row, d in pairs if isinstance(d, Difference) and round(d.bpb, 4) >= 0]
-        lines += [f"- [{claim.title}](#{_anchor(claim.title)}): {'; '.join(worse)}"] if worse else []
+        lines += [f"- {_link(claim)}: {'; '.join(worse)}"] if worse else []
     if not lines:
         return []
     words = "Tried, and no better (mostly one seed each, and seeds of one setting differ by a thousandth or two):"
     return ["", words, "", *lines]
 
 
-def _anchor(title: str) -> str:
-    """What GitHub makes of a heading."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+def _link(claim: Claim) -> str:
+    """To the section of a claim, by what GitHub makes of its heading."""
+    anchor = re.sub(r"[^\w\- ]", "", claim.title.lower()).replace(" ", "-")
+    return f"[{claim.title}](#{anchor})"
 
 
 def _machines(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[str]:
@@ -227,22 +225,20 @@ def _most_bytes() -> int:
 
 def _steps(plan: Plan, claim: Claim, found: dict[str, Any]) -> tuple[list[str], Drawing | None]:
     """Times by length and window, as of 65,536 tokens, with the share that a window saves."""
-    own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
-    windows = [variant.name for variant in own[0].variants]
+    windows = [v.name for v in next(e for e in plan.experiments if e.claim == claim.name).variants]
     head = ["length", *(f"window {window}" for window in windows)]
     lines, series = [_line(head), _line(["---"] * len(head))], {f"window {window}": [] for window in windows}
-    for experiment in own:
-        times = step_times(found.get(experiment.name, {}))
+    for length, times in times_of(plan, claim, found).items():
         cells = []
         for window in windows:
             if window not in times:
                 cells.append(MISSING)
                 continue
-            series[f"window {window}"].append(Point(x=int(experiment.about), y=times[window]))
+            series[f"window {window}"].append(Point(x=int(length), y=times[window]))
             saved = 100 * (1 - times[window] / times["none"]) if "none" in times and window != "none" else None
             faster = "" if saved is None else f" ({abs(saved):.1f} % {'less' if saved >= 0 else 'more'})"
             cells.append(f"{times[window]:.1f} ms{faster}")
-        lines.append(_line([experiment.about, *cells]))
+        lines.append(_line([length, *cells]))
     series = {name: points for name, points in series.items() if points}
     drawing = Drawing(
         title=claim.title, x_label="tokens in a sequence", y_label="ms a step of 65,536 tokens", series=series, log_x=2

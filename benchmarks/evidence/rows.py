@@ -152,7 +152,13 @@ def of_whole_text(text_bytes: int, *counted: int) -> tuple[list[float], str]:
     return [count / text_bytes for count in counted], ", per byte of the whole text"
 
 
-def step_times(result: dict[str, Any]) -> dict[str, float]:
+def times_of(plan: Plan, claim: Claim, found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """ms of a whole step by length, short ones first, and by variant; empty for a length that is not measured."""
+    own = sorted((e for e in plan.experiments if e.claim == claim.name), key=lambda e: int(e.about))
+    return {e.about: _step_times(found.get(e.name, {})) for e in own}
+
+
+def _step_times(result: dict[str, Any]) -> dict[str, float]:
     """Median ms of a whole step by variant, scaled to equal tokens."""
     times = {}
     for row in result.get("rows", []):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 def test_kernels_compile_for_hopper_without_spilling() -> None:
@@ -18,7 +18,9 @@ def test_kernels_compile_for_hopper_without_spilling() -> None:
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} == {"_product", "_nesterov", "_row_norms", "_descend"}
-    # Triton 3.5 puts two registers of a float32 product on the stack, later ones none.
-    assert [kernel for kernel in kernels if kernel["stack_bytes"] > (8 if "float32" in kernel["call"] else 0)] == []
+    spilling = [kernel for kernel in kernels if kernel["stack_bytes"]]
+    if triton.__version__.startswith("3.5."):  # it puts two registers of a float32 product on the stack
+        spilling = [k for k in spilling if "float32" not in k["call"] or k["stack_bytes"] > 8]
+    assert spilling == []
     without = {kernel["call"] for kernel in kernels if kernel["kernel"] == "_product" and not kernel["wgmma"]}
     assert all("float32" in call for call in without), without

@@ -80,6 +80,8 @@ def test_a_step_is_what_one_would_write_by_hand(data: DataFolder, clip: str, par
         assert norm == pytest.approx(np.mean(norms), rel=1e-4)
     for name, parameter in session.model.named_parameters():
         torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=ROUNDING)
+        off = (parameter - named[name]).abs() > 2e-5 + 1e-4 * named[name].abs()  # by a gradient near zero: rare
+        assert parts > 1 or float(off.float().mean()) < 1e-3, name
     for name, mean in average.items():
         torch.testing.assert_close(session.average.state_dict()[f"average.{name}"], mean, rtol=1e-4, atol=ROUNDING)
     for used in (session.loader, twin.loader, windows):
