@@ -95,17 +95,16 @@ def run(
     names = {name for cell in plan.cells for name in (cell.experiment.name, cell.name, cell.experiment.claim)}
     if unknown := [name for name in only if name not in names]:
         raise UserError(f"--only {unknown[0]} is no experiment, cell or claim: see the list")
-    kinds = _gpus() if device == "cuda" else []
+    kinds = usable_gpus(_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")) if device == "cuda" else {}
     if device == "cuda" and not kinds:
         raise UserError("there is no GPU here: --device cpu tries a plan out")
-    count = min(gpus or len(kinds), len(kinds)) if kinds else gpus or 1
     options = Options(
         out=out,
         work=work,
         data={name: Path(path).resolve() for name, path in (entry.split("=", 1) for entry in data)},
         seconds=seconds,
-        devices=[f"cuda:{i}" for i in range(count)] if kinds else ["cpu"] * count,
-        gpu=kinds[0] if kinds else "cpu",
+        devices=list(kinds)[:gpus] or ["cpu"] * (gpus or 1),
+        gpu=next(iter(kinds.values()), "cpu"),
         done=done,
         archive=archive,
         only=only,
@@ -118,6 +117,17 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     summary = execute_plan(plan, options)
     sys.exit(1 if summary.failed else 0)
+
+
+def usable_gpus(names: list[str], visible: str | None) -> dict[str, str]:
+    """Names of GPUs by device, of those that CUDA_VISIBLE_DEVICES leaves, in its order; of all without it."""
+    if visible is None:
+        return {f"cuda:{i}": name for i, name in enumerate(names)}
+    try:
+        numbers = [int(part) for part in visible.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: name the GPUs by number here") from None
+    return {f"cuda:{i}": names[i] for i in numbers if 0 <= i < len(names)}
 
 
 def _gpus() -> list[str]:

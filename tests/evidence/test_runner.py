@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import runner
+from benchmarks.evidence.__main__ import usable_gpus
 from benchmarks.evidence.cell import EVIDENCE
 from benchmarks.evidence.plan import Plan, load_plan
 from benchmarks.evidence.runner import Options, Summary, execute_plan
+from epigram.errors import UserError
 
 TOY = Path(__file__).parent / "toy.toml"
 
@@ -236,6 +238,25 @@ def test_one_process_for_each_gpu(runs: Runs):
     assert set(runs(devices=["cpu", "cpu"], only=[*pair, "steps-64"]).finished) == {*pair, "steps-64"}
     ended = min(runs.evidence(name)["ended"] for name in pair)
     assert runs.evidence("steps-64")["began"] >= ended
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, {"cuda:0": "a", "cuda:1": "b", "cuda:2": "c"}),
+        ("2,0", {"cuda:2": "c", "cuda:0": "a"}),
+        ("", {}),
+        ("-1", {}),
+        ("7", {}),
+    ],
+)
+def test_gpus_that_the_environment_leaves(visible: str | None, expected: dict[str, str]):
+    assert usable_gpus(["a", "b", "c"], visible) == expected
+
+
+def test_gpus_by_other_names_than_numbers():
+    with pytest.raises(UserError, match="by number"):
+        usable_gpus(["a"], "GPU-8932f937")
 
 
 def test_a_group_stays_on_one_kind_of_gpu(runs: Runs):
