@@ -193,9 +193,10 @@ class Claim:
 
     columns: scores in its table, as "float SPEC" or "quantized SPEC". also: experiments of other claims that belong
     into it, by what they are called there. reference: published rows, by column. baseline: the experiment that others
-    are compared with, by the score `compare` (of kind bench the variant that the page begins with); target: the
-    published one, over target_bytes of text. plot: one of "bars", "bytes" (against bits per byte), "curve" (over the
-    time), "steps" (of kind bench). tried: its rows were tried for the recipe, so those that are no better are listed.
+    are compared with, by the score `compare`, or the lower of "one or another" (of kind bench the variant that the page
+    begins with); target: the published one, over target_bytes of text. plot: one of "bars", "bytes" (against bits per
+    byte), "curve" (over the time), "steps" (of kind bench). tried: its rows were tried for the recipe, so those that
+    are no better are listed.
     """
 
     name: str

@@ -13,6 +13,9 @@ from epigram.run.statistics import compare
 NONE = "-"
 """In a table where there is no figure."""
 
+OR = " or "
+"""Between columns of which the lower score counts: models that read best at different lengths, each at its own."""
+
 _EQUAL_TOKENS = 65_536
 
 
@@ -38,7 +41,16 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
     def values(self, column: str) -> dict[int, float]:
-        return self.scores.get(column, {})
+        """By seed; of "one or another" the lower score of each seed."""
+        found: dict[int, float] = {}
+        for one in column.split(OR):
+            for seed, score in self.scores.get(one, {}).items():
+                found[seed] = min(score, found.get(seed, score))
+        return found
+
+    def counted_in(self, column: str) -> int:
+        """Bytes that a score is over, 0 where not known; the same for each of "one or another"."""
+        return next((self.counted[one] for one in column.split(OR) if one in self.counted), 0)
 
 
 def rows_of(plan: Plan, claim: Claim, found: dict[str, Any]) -> list[Row]:
@@ -118,7 +130,7 @@ def difference_of(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> 
         return ""
     if not (ours := row.values(claim.compare)):
         return NONE
-    counted = row.counted.get(claim.compare, 0)
+    counted = row.counted_in(claim.compare)
     if name == PUBLISHED:
         (share, target_share), whole = of_whole_text(row.text_bytes, counted, claim.target_bytes)
         gain = statistics.fmean(ours.values()) * share - claim.target * target_share
@@ -128,7 +140,7 @@ def difference_of(plan: Plan, claim: Claim, row: Row, found: dict[str, Any]) -> 
     other = theirs.values(claim.compare)
     if not other:
         return NONE
-    (share, other_share), whole = of_whole_text(row.text_bytes, counted, theirs.counted.get(claim.compare, 0))
+    (share, other_share), whole = of_whole_text(row.text_bytes, counted, theirs.counted_in(claim.compare))
     ours = {seed: score * share for seed, score in ours.items()}
     other = {seed: score * other_share for seed, score in other.items()}
     if same := ours.keys() & other.keys():  # seed by seed, where that can be

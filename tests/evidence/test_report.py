@@ -16,6 +16,7 @@ from benchmarks.evidence.cell import EVIDENCE, describe
 from benchmarks.evidence.commands import command_of
 from benchmarks.evidence.plan import BASE, Cell, load_plan
 from benchmarks.evidence.report import BEGIN, END, HEAD_BEGIN, HEAD_END, write_pages
+from benchmarks.evidence.rows import Row
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.run.statistics import compare
@@ -113,6 +114,16 @@ def test_a_difference_is_tested_seed_by_seed(pages: Pages):
     p = compare(other, base).p
     assert p is not None
     assert pages.row("to nearest")[-1] == f'{-0.095:+.4f} to "as it is" (p = {p:.2g})'
+
+
+def test_the_lower_of_two_scores_counts_where_each_reads_best_at_its_own():
+    """By seed: 1.3 and 1.5 of one row, 1.2 and 1.6 of the other, whichever column they stand in."""
+    row = Row("x", PLAN.experiments[0], BASE, scores={"a": {1: 1.3, 2: 1.6, 3: 1.4}, "b": {1: 1.4, 2: 1.5}})
+    assert row.values("a or b") == row.values("b or a") == {1: 1.3, 2: 1.5, 3: 1.4}
+    assert row.values("a") == {1: 1.3, 2: 1.6, 3: 1.4}
+    assert row.values("c or d") == {}
+    row.counted = {"b": 7}
+    assert (row.counted_in("a or b"), row.counted_in("b"), row.counted_in("a")) == (7, 7, 0)
 
 
 def test_scores_over_different_bytes_are_compared_over_the_whole_text(pages: Pages):
