@@ -15,6 +15,7 @@ LAYERS = (
         "attention",
         "kernels",
         "capability",
+        "compiling",
         "dist",
         "errors",
         "plugin",

@@ -14,8 +14,8 @@ from epigram import plugin
 from epigram.attention import _flash, reference
 from epigram.attention.base import ORACLE, PACKAGE, Request, candidates, usable, within
 from epigram.capability import support
+from epigram.compiling import compile_shapes
 from epigram.model.documents import reach as reach_of
-from epigram.run.choices import compile_shapes
 from epigram.run.speed import Work, as_called, cuda_ms, measure_ms
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ HEAD_DIM = 64
 
 
 def request(
-    heads=(8, 4), window: int = 0, dtype: torch.dtype = torch.bfloat16, compiled: bool = True, documents: bool = False
+    heads=(8, 4), window: int = 0, dtype: torch.dtype = torch.bfloat16, compiles: bool = True, documents: bool = False
 ) -> Request:
     return Request(
         documents=documents,
@@ -39,16 +39,16 @@ def request(
         num_heads=heads[0],
         num_kv_heads=heads[1],
         window=window,
-        compiled=compiled,
+        compiles=compiles,
     )
 
 
-def ready(name: str, asked: Request, *, compiled: bool | None = None) -> Callable[..., Tensor]:
-    """The backend's attend, compiled where it must be; skips where it is not usable."""
+def ready(name: str, asked: Request) -> Callable[..., Tensor]:
+    """The backend's attend; skips where it is not usable."""
     if reason := usable(asked)[name]:
         pytest.skip(reason)
-    attend = plugin.load(PACKAGE, name).attend
-    return torch.compile(attend, dynamic=False) if (name == "flex" if compiled is None else compiled) else attend
+    attend: Callable[..., Tensor] = plugin.load(PACKAGE, name).attend
+    return attend
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +110,7 @@ def test_backend_agrees_with_float64(name: str, length: int, window: int, heads:
 @pytest.mark.parametrize("name", plugin.names(PACKAGE))
 def test_the_layout_of_the_gradient_does_not_count(name: str, window: int, compiled: bool) -> None:
     """Of the output's gradient, one after the other with the same q, k and v: what a backend keeps must fit all."""
-    if name == "flex" and not compiled:
-        pytest.skip("flex is compiled")
-    attend = ready(name, request(window=window), compiled=False)
+    attend = ready(name, request(window=window))
 
     def weighted(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
         return attend(q, k, v, window) * weights
@@ -145,7 +143,7 @@ def test_queries_that_follow_keys(name: str, before: int) -> None:
 @pytest.mark.parametrize("name", plugin.names(PACKAGE))
 def test_compiled(name: str, window: int) -> None:
     """Traced without a break, with the products before and after that a model has."""
-    attend = ready(name, request(window=window), compiled=False)
+    attend = ready(name, request(window=window))
 
     def layer(x: Tensor) -> Tensor:
         q, k, v = x.unflatten(-1, (-1, HEAD_DIM)).split((8, 4, 4), dim=2)
@@ -174,7 +172,7 @@ def test_other_precisions(name: str, dtype: torch.dtype, window: int) -> None:
 @pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name != "flex"])
 def test_queries_are_the_last_positions_of_the_keys(name: str, window: int) -> None:
     """What generation with a cache needs, uncompiled."""
-    attend = ready(name, request(window=window, compiled=False))
+    attend = ready(name, request(window=window, compiles=False))
     q, k, v = (x.detach() for x in inputs(400))
     full = reference.attend(q.double(), k.double(), v.double(), window)
     for count in (1, 7, 130, 399):
@@ -196,7 +194,7 @@ def documents(length: int) -> Tensor:
 )
 def test_within_documents_it_agrees_with_float64(name: str, length: int, window: int, heads: tuple[int, int]) -> None:
     asked, reach = request(heads, window, documents=True), documents(length)
-    attend = ready(name, asked, compiled=False)
+    attend = ready(name, asked)
 
     def function(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return within(attend, reach)(q, k, v, window)
@@ -204,7 +202,6 @@ def test_within_documents_it_agrees_with_float64(name: str, length: int, window:
     def exactly(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return within(reference.attend, reach)(q, k, v, window)
 
-    function = torch.compile(function, dynamic=False) if name == "flex" else function
     exact = output_and_gradients(exactly, [x.detach().double().requires_grad_() for x in inputs(length, heads)], window)
     assert_near(output_and_gradients(function, inputs(length, heads), window), exact, RELATIVE[torch.bfloat16])
 
@@ -213,7 +210,7 @@ def test_within_documents_it_agrees_with_float64(name: str, length: int, window:
 @pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name != ORACLE])
 def test_within_documents_compiled(name: str, window: int) -> None:
     """As in a model: what attention is told is computed from the tokens in the same graph, and two layers share it."""
-    attend = ready(name, request(window=window, documents=True), compiled=False)
+    attend = ready(name, request(window=window, documents=True))
 
     def layers(x: Tensor, tokens: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         inside = within(attend, reach_of(tokens, 1, None))
@@ -234,7 +231,7 @@ def test_within_documents_compiled(name: str, window: int) -> None:
 @pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name != "flex"])
 def test_within_documents_queries_that_follow_keys(name: str, before: int) -> None:
     """A chunk of a stream whose first document began in the one before, and keys of documents that are over."""
-    asked = replace(request(window=511, compiled=False, documents=True), longer_keys=True, backward=False)
+    asked = replace(request(window=511, compiles=False, documents=True), longer_keys=True, backward=False)
     attend, reach = ready(name, asked), documents(1200)
     q, k, v = (x.detach() for x in inputs(1200))
     exact = within(reference.attend, reach)(q.double(), k.double(), v.double(), 511)[:, before:]
@@ -243,10 +240,10 @@ def test_within_documents_queries_that_follow_keys(name: str, before: int) -> No
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["score", "train"])
-@pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name not in ("flex", ORACLE)])
+@pytest.mark.parametrize("name", [name for name in plugin.names(PACKAGE) if name != ORACLE])
 def test_within_documents_a_graph_replays_any_text(name: str, backward: bool) -> None:
     """What is recorded for one text is right for another: shapes and launches do not follow the documents."""
-    attend = ready(name, request(compiled=False, documents=True))
+    attend = ready(name, request(documents=True))
     tensors, reach = inputs(1024), documents(1024)
 
     def run(reach: Tensor, attend: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -294,8 +291,8 @@ def test_within_more_documents_than_are_searched_one_by_one(name: str, window: i
 def test_every_candidate_can_be_measured(name: str, compiled: bool, backward: bool, window: int, apart: bool) -> None:
     """None fails on this device that said it could serve, prepared as a run does it."""
     row = support("cuda", torch.cuda.get_device_capability())
-    asked = request(window=window, dtype=row.precision, compiled=compiled, documents=apart)
-    asked = replace(asked, backward=backward)
+    asked = request(window=window, dtype=row.precision, compiles=not compiled, documents=apart)
+    asked = replace(asked, compiled=compiled, backward=backward)
     if name not in candidates(asked):
         pytest.skip(usable(asked)[name] or f"{name} is no candidate for {row.device}")
     attend = as_called(plugin.load(PACKAGE, name).attend, asked)

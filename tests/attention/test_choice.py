@@ -75,6 +75,10 @@ def test_candidates_of_each_device(install, device: str, kind: str) -> None:
     assert candidates(request_for(device, window)) == tuple(with_3.split())
     install(flash_attn_4() | flash_attn_3("operators"))
     assert candidates(request_for(device, window, compiled=False)) == tuple(eager.split())
+    # In a model that is not compiled a backend may still compile itself.
+    itself = candidates(request_for(device, window, compiled=False, compiles=True))
+    assert set(itself) - set(eager.split()) == ({"flex"} if "flex" in bare.split() else set())
+    assert itself == candidates(request_for(device, window))
 
 
 def test_without_measuring_the_first_is_taken(install) -> None:

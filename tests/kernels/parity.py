@@ -14,6 +14,9 @@ SLACK = 1.5
 """Times the twin's own error: roundings at other places."""
 
 
+_FEW, _SINGLE = 64, 8  # elements of a gradient, see `joined`
+
+
 class Place(NamedTuple):
     """Where a test runs: sizes are tiny in the interpreter, and realistic on a device."""
 
@@ -40,14 +43,31 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
 
 
-def assert_as_good(
-    fused: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], floor: float, slack: float = SLACK
-) -> None:
-    """No fused result is further from the exact one than its twin, up to `slack` times and `floor`."""
+def assert_as_good(fused: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], floor: float) -> None:
+    """No fused result is further from the exact one than its twin, up to SLACK and `floor`."""
     assert fused.keys() == plain.keys() == exact.keys()
     errors = {name: (relative(fused[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
-    wrong = {name: pair for name, pair in errors.items() if not pair[0] <= slack * pair[1] + floor}
+    wrong = {name: pair for name, pair in errors.items() if not pair[0] <= SLACK * pair[1] + floor}
     assert not wrong, f"relative error of fused and of plain: {wrong}"
+
+
+def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Results by batch, but gradients of few numbers over all batches, and those of single ones as one vector.
+
+    Each such number is a sum over all tokens of which little is left, sometimes a tenth of what other batches leave:
+    the error of one sum is chance, and that of many is not.
+    """
+    joined: dict[str, Tensor] = {}
+    single: list[Tensor] = []
+    for name, first in results[0].items():
+        found = [result[name] for result in results]
+        if first.numel() >= _FEW or name in ("loss", "nats"):
+            joined |= {f"{name} {index}": tensor for index, tensor in enumerate(found)}
+        elif first.numel() >= _SINGLE:
+            joined[name] = torch.stack(found)
+        else:
+            single += [tensor.reshape(-1) for tensor in found]
+    return joined | {"numbers": torch.cat(single)} if single else joined
 
 
 def results(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from parity import FLOOR, Place, assert_as_good
+from parity import FLOOR, Place, assert_as_good, joined
 from stirred import stirred
 from torch import Tensor
 
 from epigram import capability
-from epigram.attention import sdpa
+from epigram.attention import flex, sdpa
 from epigram.config import load_recipe
 from epigram.errors import UserError
 from epigram.kernels import base
@@ -28,8 +28,6 @@ TINY = ModelConfig(
     value_embed_layers=(0, 3), value_embed_dim=16, backout_layer=2, zero_init_out=False,
 )  # fmt: skip
 """Every technique at once; no width is a multiple of a tile."""
-
-_FEW, _SINGLE = 64, 8  # elements of a gradient, see `_joined`
 
 LAYERS = 4
 """Times the floor of a single operation: errors of layers add up."""
@@ -102,30 +100,11 @@ def scored(
 
 def check(model: GPT, place: Place, kernels: list[Kernels], run, batches: Sequence[Tensor]) -> None:
     """`run` of this model by each of the kernels, against the plain ones in the same precision and in float64."""
-    exact = _joined([run(model, batch, PLAIN, torch.float64) for batch in batches])
-    plain = _joined([run(model, batch, PLAIN, place.dtype) for batch in batches])
+    exact = joined([run(model, batch, PLAIN, torch.float64) for batch in batches])
+    plain = joined([run(model, batch, PLAIN, place.dtype) for batch in batches])
     for fused in kernels:
-        found = _joined([run(model, batch, fused, place.dtype) for batch in batches])
+        found = joined([run(model, batch, fused, place.dtype) for batch in batches])
         assert_as_good(found, plain, exact, LAYERS * FLOOR[place.dtype])
-
-
-def _joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Results by batch, but gradients of few numbers over all batches, and those of single ones as one vector.
-
-    Each such number is a sum over all tokens of which little is left, sometimes a tenth of what other batches leave:
-    the error of one sum is chance, and that of many is not.
-    """
-    joined: dict[str, Tensor] = {}
-    single: list[Tensor] = []
-    for name, first in results[0].items():
-        found = [result[name] for result in results]
-        if first.numel() >= _FEW or name in ("loss", "nats"):
-            joined |= {f"{name} {index}": tensor for index, tensor in enumerate(found)}
-        elif first.numel() >= _SINGLE:
-            joined[name] = torch.stack(found)
-        else:
-            single += [tensor.reshape(-1) for tensor in found]
-    return joined | {"numbers": torch.cat(single)} if single else joined
 
 
 @BEST_PRECISION
@@ -155,6 +134,22 @@ def batch(place: Place, config: ModelConfig) -> Tensor:
 def test_training(place: Place, monkeypatch):
     model = model_of(published(place), place)
     check(model, place, kernels_here(place, monkeypatch), trained, [batch(place, model.config)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+def test_training_with_a_backend_that_compiles_itself(documents: str, monkeypatch):
+    """flex, in the graph that the fused trunk keeps of each layer's attention."""
+    place = Place(torch.device("cuda"), torch.bfloat16)
+    model = model_of(replace(published(place), documents=documents, bos_id=7), place)
+    tokens = batch(place, model.config)
+    tokens[:, 100:1000:90] = 7
+
+    def run(model: GPT, tokens: Tensor, kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
+        model.attend = model.attend_window = sdpa.attend if kernels is PLAIN else flex.attend
+        return trained(model, tokens, kernels, dtype)
+
+    check(model, place, kernels_here(place, monkeypatch), run, [tokens])
 
 
 @BEST_PRECISION

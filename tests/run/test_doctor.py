@@ -147,7 +147,7 @@ def test_without_triton_or_a_compiler(no_flash, monkeypatch):
     monkeypatch.setattr(choices, "compiler_available", lambda: False)
     findings = explained("cuda", (9, 0))
     assert findings["compile"] == "off: there is no C++ compiler, or Python's headers are missing"
-    assert "fast only inside a compiled model" in findings["flex, windowed"]
+    assert "only where it is compiled" in findings["flex, windowed"]
     assert findings["attention, windowed"].startswith("sdpa: ")
     monkeypatch.setattr(capability, "triton_installed", lambda: False)
     findings = explained("cuda", (9, 0))

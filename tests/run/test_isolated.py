@@ -1,6 +1,5 @@
 """A run whose documents are isolated, from training to a probed score of its file; and what is refused."""
 
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,13 +9,9 @@ import torch
 from run_helpers import losses_of, short, train_run
 
 from epigram.data.dataset import DataFolder
-from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.evaluation.windows import METHODS
-from epigram.kernels.base import PLAIN
-from epigram.model.gpt import GPT
-from epigram.run import choices, weights
-from epigram.run.choices import attach_kernels
+from epigram.run import weights
 from epigram.run.describe import describe, print_description
 from epigram.run.score import score_model
 from epigram.run.setup import check_documents, check_fit
@@ -83,37 +78,6 @@ def test_describe_says_it(documents: str, capsys) -> None:
     assert found["documents"] == documents
     print_description(found)
     assert f"documents are {documents}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("version", "flash", "documents", "kernels", "compile_", "kept"),
-    [
-        ((8, 0), False, "isolated", "auto", "auto", False),
-        ((9, 0), False, "isolated", "auto", "auto", False),
-        ((9, 0), True, "isolated", "auto", "auto", True),
-        ((8, 0), False, "joined", "auto", "auto", True),
-        ((8, 0), False, "isolated", "fused", "auto", True),
-        ((8, 0), False, "isolated", "auto", "off", True),
-    ],
-)
-def test_without_flash_attention_a_compiled_model_is_taken(
-    monkeypatch, version, flash: bool, documents: str, kernels: str, compile_: str, kept: bool
-) -> None:
-    """Fused kernels run uncompiled, where only FlashAttention and written-out masks keep documents apart."""
-    context = Mock(spec=Context, device=torch.device("cuda"), capability=version)
-    model = GPT(replace(short().model, documents=documents))
-    model.compute_dtype = torch.bfloat16
-
-    def candidates(request):
-        return (*(["flash4"] if flash else []), *(["flex"] if request.compiled else []), "sdpa")
-
-    monkeypatch.setattr(choices, "candidates", candidates)
-    monkeypatch.setattr(choices, "compiler_available", lambda: True)
-    compiled, words = attach_kernels(model, kernels, compile_, context)
-    assert (model.kernels is not PLAIN, compiled) == (kept, not kept)
-    assert kept or words["kernels"] == (
-        "plain (documents are isolated, for which flex is better than sdpa, and it needs a compiled model)"
-    )
 
 
 def test_a_submission_holds_all_of_it() -> None:

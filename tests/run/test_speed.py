@@ -1,6 +1,7 @@
 """Measuring attention backends: what is timed, what counts, and what a failure does; timings are simulated."""
 
 import math
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from run_helpers import short
 
+from epigram import capability
 from epigram.attention import reference, sdpa
 from epigram.attention.base import Request
 from epigram.config import load_recipe
@@ -194,6 +196,32 @@ def test_a_session_prints_what_it_measured(hopper, shipped_backends, monkeypatch
     }
     assert model.attend.__module__ == "epigram.attention.cudnn"
     assert model.attend_window.__module__ == "epigram.attention.flex"
+
+
+@pytest.mark.parametrize("documents", ["joined", "isolated"])
+@pytest.mark.parametrize("compile_", ["auto", "off", "on"])
+def test_beside_fused_kernels_flex_compiles_itself(
+    hopper, shipped_backends, monkeypatch: pytest.MonkeyPatch, compile_: str, documents: str
+) -> None:
+    """On an A100, which has no FlashAttention library that we know: else windows and documents were masks of sdpa."""
+    hopper.capability = (8, 0)
+    monkeypatch.setattr(capability, "triton_installed", lambda: True)
+    monkeypatch.setattr(choices, "compiler_available", lambda: True)
+    monkeypatch.setattr(speed, "measure_ms", lambda attends, *_: dict.fromkeys(attends, 1.0))
+    config = load_recipe("pr1212", ["model.window=512", f'model.documents="{documents}"'])
+    with torch.device("meta"):
+        model = GPT(config.model)
+    model.compute_dtype = torch.bfloat16
+    compiled, words = choices.attach_kernels(model, "auto", compile_, hopper)
+    assert compiled == (words["kernels"] == "plain") == (compile_ == "on")
+    paths = choices.attach_attention(model, "auto", hopper, compiled, training_work(config), compile_)
+    full = {"joined": ["sdpa", "cudnn", "flex"], "isolated": ["flex", "sdpa"]}[documents]
+    for kind, names in (("attention", full), ("attention of windowed layers", ["flex", "sdpa"])):
+        able = [name for name in names if name != "flex" or compile_ != "off"]
+        assert sorted(re.findall(r"[a-z]{4,}", paths[kind])) == sorted(able), paths[kind]
+    with choices.attention_for_eager(model, hopper):  # any shapes: what compiles itself would do so again and again
+        assert model.attend_window is sdpa.attend
+    assert choices.stream_attention(model, "auto", hopper)[1] == "sdpa"
 
 
 def test_what_is_eager_or_named_is_not_measured(hopper, monkeypatch: pytest.MonkeyPatch) -> None:

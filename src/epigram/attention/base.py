@@ -56,6 +56,7 @@ class Request:
     """What a layer needs.
 
     capability: the CUDA compute capability (major, minor), None elsewhere. compiled: called inside a compiled graph.
+    compiles: outside of one a backend may compile itself, since it will be called with few shapes, and often with each.
     backward: gradients are needed, which is not so for scoring. longer_keys: many queries follow keys of before, as in
     a streaming score (a few queries of a generation every backend must serve). documents: they are kept apart.
     """
@@ -68,6 +69,7 @@ class Request:
     num_kv_heads: int
     window: int
     compiled: bool = False
+    compiles: bool = False
     backward: bool = True
     longer_keys: bool = False
     documents: bool = False

@@ -5,23 +5,27 @@ instead of by evaluating the mask at every pair of positions. Documents keep it 
 see never moves back from one query to the next, so a row of tiles is decided by its first and its last query.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from epigram.attention.base import Request, with_documents
+from epigram.compiling import compile_shapes
 
 _TILE = 128
 
 
 def check(request: Request) -> str | None:
-    """CUDA from compute capability 8.0 on, compiled: uncompiled it would write out the whole matrix of logits."""
+    """CUDA from compute capability 8.0 on, where it can be compiled: else it would write out the matrix of logits."""
     if request.device_type != "cuda":
         return "flex attention is for CUDA devices; sdpa is right here"
     if request.capability is not None and request.capability < (8, 0):
         return f"flex attention needs compute capability 8.0, this device has {request.capability}"
-    if not request.compiled:
-        return "flex attention is fast only inside a compiled model: set run.compile=on, or choose sdpa"
+    if not (request.compiled or request.compiles):
+        return "flex attention is fast only where it is compiled, for each shape; sdpa is right here"
     if request.head_dim < 16 or request.head_dim & (request.head_dim - 1):
         return f"flex attention needs a head size that is a power of two of at least 16, not {request.head_dim}"
     return None
@@ -29,7 +33,18 @@ def check(request: Request) -> str | None:
 
 @with_documents
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
-    """See `epigram.attention.base`."""
+    """See `epigram.attention.base`. On CUDA it is compiled by itself where the model around it is not."""
+    by_itself = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    return (_compiled() if by_itself else _attend)(q, k, v, window, reach)
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]:
+    compiled: Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor] = compile_shapes(_attend)
+    return compiled
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
     mask = block_mask(q.shape[1], k.shape[1], window, q.device, reach)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from epigram.attention.base import Attend, Request, candidates, choose, why_not
 from epigram.capability import support, why_no_compile
+from epigram.compiling import compile_shapes
 from epigram.dist.context import Context
 from epigram.errors import UserError
 from epigram.kernels import float8
@@ -25,7 +25,6 @@ from epigram.run import machine
 from epigram.run.speed import Work, agreed_ms
 
 _CPU_TOKENS = 8192  # what memory holds beside all that a backward needs: 49,152 tokens of h100 at once take over 22 GB
-_MOST_GRAPHS = 64  # of one function: lengths of lanes times phases
 
 
 def pick_precision(name: str, context: Context) -> tuple[torch.dtype, dict[str, str]]:
@@ -42,28 +41,12 @@ def attach_kernels(model: GPT, kernels: str, compile_: str, context: Context) ->
     kernels, compile_: as in `RunConfig`. The model's precision must be set.
     """
     dims = Dims(widths=_widths(model.config), dtype=model.compute_dtype, carries=model.config.residual_lambdas)
-    reason = _why_rather_compiled(model, context) if (kernels, compile_) == ("auto", "auto") else None
-    name = "plain" if compile_ == "on" or reason else kernels
+    name = "plain" if compile_ == "on" else kernels
     model.kernels = choose_kernels(name, context.device.type, context.capability, dims)
     if model.kernels is not PLAIN:
         return False, {"kernels": model.kernels.name, "compile": "off: the kernels are fused by hand"}
     compiled = should_compile(compile_, context)
-    words = f"{model.kernels.name} ({reason})" if reason else model.kernels.name
-    return compiled, {"kernels": words, "compile": "on" if compiled else "off"}
-
-
-def _why_rather_compiled(model: GPT, context: Context) -> str | None:
-    """Why torch.compile is the better choice here although kernels are there, in a sentence; None where it is not.
-
-    Fused kernels run uncompiled. For isolated documents that leaves the FlashAttention backends, or else sdpa, whose
-    masks are written out; flex skips what a mask hides, but needs the compiler.
-    """
-    if not model.config.isolated or context.device.type != "cuda" or not should_compile("auto", context):
-        return None
-    free, compiled = (candidates(attention_request(model, context, compiled=compiled))[0] for compiled in (False, True))
-    if free == compiled:
-        return None
-    return f"documents are isolated, for which {compiled} is better than {free}, and it needs a compiled model"
+    return compiled, {"kernels": model.kernels.name, "compile": "on" if compiled else "off"}
 
 
 def should_compile(setting: str, context: Context) -> bool:
@@ -78,24 +61,14 @@ def should_compile(setting: str, context: Context) -> bool:
     return reason is None
 
 
+def backends_compile(setting: str, context: Context) -> bool:
+    """Whether an attention backend may compile itself in a model that is not compiled."""
+    return setting != "off" and should_compile("auto", context)
+
+
 def compiler_available() -> bool:
     """A C++ compiler, and the headers of Python that the compiled graphs include."""
     return machine.cpp_compiler() is not None and machine.python_header() is not None
-
-
-def compile_shapes(function: Any) -> Any:
-    """`function`, compiled for each shape and phase that it is called with.
-
-    torch stops to compile after eight of them and goes on in silence, several times slower; here it raises instead.
-    Sums over rows and over columns stay in kernels of their own: where torch 2.10 to 2.13 joins them, gradients of
-    slices of one parameter (scales and coefficients of layers) may never be written (torch issue 193061).
-    """
-    from torch._dynamo import config as dynamo
-    from torch._inductor import config as inductor
-
-    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = _MOST_GRAPHS, True
-    joins = hasattr(inductor.triton, "mix_order_reduction")
-    return torch.compile(function, dynamic=False, options={"triton.mix_order_reduction": False} if joins else None)
 
 
 def tokens_at_a_time(setting: int, device_type: str) -> int | None:
@@ -136,13 +109,16 @@ def _widths(c: ModelConfig) -> tuple[int, ...]:
 
 
 def attach_attention(
-    model: GPT, backend: str, context: Context, compiled: bool, work: Work | None = None
+    model: GPT, backend: str, context: Context, compiled: bool, work: Work | None = None, compile_: str = "auto"
 ) -> dict[str, str]:
     """Give the model its attention backends for full and for windowed layers; returns which, in words.
 
-    work: with it, "auto" takes on CUDA what is fastest at it; else what comes first in the capability table.
+    work: with it, "auto" takes on CUDA what is fastest at it; else what comes first in the capability table. compile_:
+    as in `RunConfig`; a backend may compile itself in a model that is not compiled, where the shapes of `work` are all
+    that it will be called with and nobody forbade it.
     """
-    request = attention_request(model, context, compiled, backward=work is None or work.backward)
+    backward, compiles = work is None or work.backward, work is not None and backends_compile(compile_, context)
+    request = replace(attention_request(model, context, compiled, backward), compiles=compiles)
     prepare = compile_shapes if compiled else None
     on_cuda = context.device.type == "cuda"
     measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -217,19 +217,21 @@ def explain(part: str, name: str, device_type: str, capability: tuple[int, int] 
     yield _finding(part, "precision", f"{str(row.precision).removeprefix('torch.')}: {row.precision_reason}")
     missing = None if compiler_available() else "there is no C++ compiler, or Python's headers are missing"
     why_not = why_no_compile(device_type, capability) or missing
-    yield _finding(part, "compile", f"off: {why_not}" if why_not else f"on: {row.compile_reason}")
     no_triton = why_no_triton(device_type, capability)
+    where = "on" if no_triton else "on, for flex, and for models with plain kernels"
+    yield _finding(part, "compile", f"off: {why_not}" if why_not else f"{where}: {row.compile_reason}")
     yield _finding(part, "Triton kernels", f"off: {no_triton}" if no_triton else f"on: {row.triton_reason}")
     no_float8 = why_no_float8(device_type, capability)
     on_cpu = ", rounded and multiplied in float32: slower than without" if device_type == "cpu" else ""
     yield _finding(part, "float8 products", f"off: {no_float8}" if no_float8 else f"off unless run.float8=true{on_cpu}")
     for kind, window in (("full", 0), ("windowed", 512)):
-        yield from _attention(part, kind, row, _request(device_type, capability, row.precision, window, not why_not))
+        request = _request(device_type, capability, row.precision, window)
+        # As `choices` has it: a model of fused kernels is not compiled, though a backend in it may be.
+        request = replace(request, compiled=not why_not and bool(no_triton), compiles=not why_not)
+        yield from _attention(part, kind, row, request)
 
 
-def _request(
-    device_type: str, capability: tuple[int, int] | None, dtype: "torch.dtype", window: int, compiled: bool
-) -> "Request":
+def _request(device_type: str, capability: tuple[int, int] | None, dtype: "torch.dtype", window: int) -> "Request":
     """The layers of pr1212: 8 heads of 64 over 4."""
     from epigram.attention.base import Request
 
@@ -241,7 +243,6 @@ def _request(
         num_heads=8,
         num_kv_heads=4,
         window=window,
-        compiled=compiled,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epigram.compiling import compile_shapes
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
 from epigram.data.loader import Loader
@@ -29,7 +30,6 @@ from epigram.run.checkpoint import Saver
 from epigram.run.choices import (
     attach_attention,
     attach_kernels,
-    compile_shapes,
     explain_float8,
     pick_precision,
     should_capture,
@@ -195,7 +195,8 @@ def build_model(config: Config, context: Context, work: Work) -> tuple[GPT, bool
     seconds = precompile(config.model, model.kernels.products, context)
     if seconds is not None:
         paths["kernels compiled"] = f"in {seconds:.0f} s, several at a time"
-    return model, compiled, paths | chosen | attach_attention(model, config.run.attention, context, compiled, work)
+    attention = attach_attention(model, config.run.attention, context, compiled, work, config.run.compile)
+    return model, compiled, paths | chosen | attention
 
 
 @dataclass(frozen=True, kw_only=True)

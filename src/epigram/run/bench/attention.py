@@ -13,7 +13,7 @@ from epigram.data.lanes import Lane
 from epigram.model.cost import attention_bytes_per_token, attention_flops_per_token
 from epigram.run import machine
 from epigram.run.bench.base import Bench, Work, lane_name
-from epigram.run.choices import attention_request
+from epigram.run.choices import attention_request, backends_compile
 from epigram.run.speed import as_called
 
 REPEATS = 20
@@ -24,7 +24,8 @@ _ORACLE_MATRICES = 5  # of logits that it holds at once, in float32
 
 def run(bench: Bench) -> None:
     engine = bench.engine
-    request = attention_request(engine.model, engine.context, engine.compiled)
+    compiles = backends_compile(engine.config.run.compile, engine.context)
+    request = replace(attention_request(engine.model, engine.context, engine.compiled), compiles=compiles)
     windows = (0, engine.config.model.window) if engine.config.model.window_layers else (0,)
     for window in windows:
         _time_backends(bench, replace(request, window=window))

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from epigram.compiling import compile_shapes
 from epigram.data.lanes import Lane
 from epigram.run.bench._ceilings import Ceilings, Work
 from epigram.run.bench._kernels import Breakdown
 from epigram.run.bench._timing import WARM_UP, Timing, measure
-from epigram.run.choices import compile_shapes
 from epigram.run.setup import Engine
 
 PACKAGE = "epigram.run.bench"
