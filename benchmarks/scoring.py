@@ -14,6 +14,7 @@ from typing import Any
 
 from epigram.dist.context import open_context
 from epigram.evaluation.windows import Method, StreamingConfig
+from epigram.run.machine import computing, environment
 from epigram.run.score import losses_for_scoring, open_both, score_split
 from epigram.run.speed import scoring_work
 
@@ -78,7 +79,8 @@ def main() -> None:
                 speed = row["tokens"] / row["score_s"]
                 figures = f"{row['tokens']:>12,} tokens {row['val_bpb']:.5f} bpb {row['score_s']:8.2f} s"
                 print(f"{name:45} {figures} {speed:>12,.0f}/s", flush=True)
-                asked.out.write_text(json.dumps({"run": str(asked.run), "rows": rows}, indent=1) + "\n")
+                found = {"run": str(asked.run), "machine": environment(**computing(context.device, context.world_size)), "rows": rows}
+                asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

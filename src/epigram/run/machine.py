@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ _LIBRARIES = (
     "zstandard",
     "triton",
     "flash-attn-4",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
 )
 _TIMEOUT_S = 10
 
@@ -36,6 +39,7 @@ def environment(paths: dict[str, str] | None = None, **facts: Any) -> dict[str, 
     `computing` says."""
     return {
         "command": sys.argv,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
         "platform": platform.platform(),
@@ -45,6 +49,7 @@ def environment(paths: dict[str, str] | None = None, **facts: Any) -> dict[str, 
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
         "driver": nvidia_driver(),
+        "cuda": cuda_versions(),
         "paths": paths or {},
         **facts,
     }
@@ -169,6 +174,17 @@ def nvidia_driver() -> str | None:
     """Version of the NVIDIA driver."""
     found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found.splitlines()[0] if found else None
+
+
+def cuda_versions() -> dict[str, str] | None:
+    """Of CUDA and cuDNN, as torch was built for them; None without either."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if torch.version.cuda is None:
+        return None
+    return {"runtime": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
 
 
 def _output(*command: str) -> str | None:

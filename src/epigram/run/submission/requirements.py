@@ -55,7 +55,7 @@ def requirements(sources: Iterable[str], versions: Mapping[str, str], *, on_gpu:
         if name not in known:
             raise UserError(f"the sources import {name}, which pyproject.toml does not declare")
         specifier, extra = known[name]
-        if extra and not (on_gpu and extra in ("kernels", "flash4") and (name in pinned or name == "quack-kernels")):
+        if extra and not (on_gpu and extra in ("kernels", "flash4") and name in pinned):
             continue
         lines.append(f"{name}=={pinned[name]}" if name in pinned else f"{name}{specifier}")
     return "\n".join(lines) + "\n"
