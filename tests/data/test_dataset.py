@@ -42,6 +42,23 @@ def test_an_open_folder(built: Path, tokenizer: Tokenizer) -> None:
         data.split("test")
 
 
+def test_the_beginning_of_a_split_is_read_alone(built: Path) -> None:
+    """Shards after it may even be gone; byte counts go the same way."""
+    data = open_data(built)
+    first, *others = data.split("train")
+    assert others, "the split has several shards"
+    whole = data.stream("train")
+    sizes = (1, first.num_tokens - 1, first.num_tokens, first.num_tokens + 1, len(whole), len(whole) + 1)
+    for most in sizes:
+        assert np.array_equal(data.stream("train", most), whole[:most])
+    counted = dataclasses.replace(data, byte_count_shards=data.shards)
+    for shard in others:
+        shard.path.unlink()
+    for most in sizes[:3]:
+        assert np.array_equal(counted.byte_counts("train", most), whole[:most])
+        assert np.array_equal(data.stream("train", most), whole[:most])
+
+
 def test_the_published_layout(tmp_path: Path, built: Path, tokenizer: Tokenizer) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

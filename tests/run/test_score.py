@@ -19,7 +19,7 @@ from epigram.data.shards import write_shard
 from epigram.data.tokenizer_training import train_tokenizer
 from epigram.dist.context import Context
 from epigram.errors import DataError, UserError
-from epigram.evaluation.windows import Method
+from epigram.evaluation.windows import Method, StreamingConfig
 from epigram.model.gpt import GPT
 from epigram.run import choices, score, setup
 from epigram.run.score import score_model, score_split
@@ -116,6 +116,21 @@ def test_mistakes_come_out_before_the_work(finished: Path, data_path: Path, monk
     for methods, stride, message in ((["blocks", "foo"], None, "foo"), (["blocks", "sliding"], 1000, "1000")):
         with pytest.raises(UserError, match=message):
             score_model(finished, str(data_path), methods=methods, stride=stride, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "message"),
+    [
+        (["blocks"], {"stride": 7}, r"method sliding \(stride\)"),
+        (["streaming"], {"stride": 7}, r"method sliding \(stride\)"),
+        (["blocks", "sliding"], {"streaming": StreamingConfig(overlap=1)}, "method streaming"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(
+    finished: Path, data_path: Path, methods: list[str], settings: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        score_model(finished, str(data_path), methods=methods, device="cpu", **settings)
 
 
 def test_a_method_named_twice_is_scored_once(finished: Path, data_path: Path, monkeypatch) -> None:

@@ -61,14 +61,15 @@ def command(
     from epigram.run.score import score_model
 
     settings, limit_s = parse_adapt(adapt or "none", overrides)
-    given: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
+    told: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
+    given = {name: value for name, value in told.items() if value is not None}
     result = score_model(
         model,
         data_path,
         methods=methods,
         seq_len=seq_len,
         stride=stride,
-        streaming=StreamingConfig(**{name: value for name, value in given.items() if value is not None}),
+        streaming=StreamingConfig(**given) if given else None,
         split=split,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,

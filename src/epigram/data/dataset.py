@@ -1,5 +1,6 @@
 """Open a data folder: one that `epigram data build` wrote, or a bare one in the published layout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,13 +55,13 @@ class DataFolder:
         """Tokens of a split."""
         return sum(shard.num_tokens for shard in self.split(name))
 
-    def stream(self, name: str) -> NDArray[np.uint16]:
-        """All tokens of a split, one shard after another, (T,) uint16, read into memory."""
-        return np.concatenate([shard.read() for shard in self.split(name)])
+    def stream(self, name: str, most: int | None = None) -> NDArray[np.uint16]:
+        """The tokens of a split, all or the first `most`, one shard after another, (T,) uint16, read into memory."""
+        return _first(self.split(name), most)
 
-    def byte_counts(self, name: str) -> NDArray[np.uint16] | None:
-        """Bytes of text that each token of a split stands for, (T,) uint16, aligned with `stream`; None where the byte
-        tables of the tokenizer say so. DataError when the files do not belong to the shards."""
+    def byte_counts(self, name: str, most: int | None = None) -> NDArray[np.uint16] | None:
+        """Bytes of text that each token of `stream` stands for, (T,) uint16; None where the byte tables of the
+        tokenizer say so. DataError when the files do not belong to the shards."""
         files = self.byte_count_shards.get(name, ())
         if not files:
             return None
@@ -70,7 +71,7 @@ class DataFolder:
                 f"the byte counts of {name} in {self.path} are for {sum(found):,} tokens in {len(found)} files, its "
                 f"shards hold {sum(wanted):,} in {len(wanted)}: restore them, or build the data again"
             )
-        return np.concatenate([one.read() for one in files])
+        return _first(files, most)
 
     @property
     def transform(self) -> str:
@@ -192,6 +193,17 @@ def published_shards(folder: Path, split: str) -> list[Path]:
     return sorted(
         path for path in folder.glob(f"*_{split}_*.bin") if not path.name.startswith(f"fineweb_{split}_bytes_")
     )
+
+
+def _first(shards: Sequence[Shard], most: int | None) -> NDArray[np.uint16]:
+    """The first `most` values of shards in a row, all for None; shards after those are not opened."""
+    parts: list[NDArray[np.uint16]] = []
+    for shard in shards:
+        left = None if most is None else most - sum(map(len, parts))
+        if left == 0:
+            break
+        parts.append(np.array(shard.tokens[:left]))
+    return np.concatenate(parts)
 
 
 def _only_model(folder: Path) -> Path:

@@ -234,7 +234,7 @@ def _score_adapting(
     rows = record.result["scores"]["quantized"]
     adaptation = adaptation_after(rows, config.budget.score_s, config.score.adapt, model, losses, data, context)
     size = config.score.batch_tokens
-    if nothing := config.score.adapt.nothing_learned(len(data.stream("val")) - 1):
+    if nothing := config.score.adapt.nothing_learned(data.num_tokens("val") - 1):
         record.log(f"warning: {nothing}")
     start_s = time.perf_counter()
     try:

@@ -129,7 +129,7 @@ def probe(
         batch_tokens=batch_tokens,
     )
     length = method.plan(1 << 30).length  # of a window, or a segment
-    tokens = data.stream(split)[: 3 * length + length // 3 + 2]
+    tokens = data.stream(split, 3 * length + length // 3 + 2)
     places = _places(method, len(tokens))
     some = [tokens[: min(count, len(tokens) - 1)] for count in _CONTEXTS]
     counted = [

@@ -58,12 +58,9 @@ def score_split(
     max_tokens: score only the beginning of the split, 0 for all of it; the byte total is checked where all is scored.
     adaptation: the model learns meanwhile, with windows as in `method`; its settings are in the row.
     """
-    tokens = data.stream(split)
-    whole = not 0 < max_tokens < len(tokens) - 1
-    byte_counts = data.byte_counts(split)
-    if not whole:
-        tokens = tokens[: max_tokens + 1]
-        byte_counts = None if byte_counts is None else byte_counts[: max_tokens + 1]
+    whole = not 0 < max_tokens < data.num_tokens(split) - 1
+    most = None if whole else max_tokens + 1
+    tokens, byte_counts = data.stream(split, most), data.byte_counts(split, most)
     start_s = time.perf_counter()
     make = partial(
         score,
@@ -123,6 +120,9 @@ def score_model(
     methods = tuple(methods) or (("sliding",) if adapts else METHODS)
     if adapts and "sliding" not in methods:
         methods = (*methods, "sliding")
+    for name, read_by, given in (("stride", "sliding", stride), ("streaming", "streaming", streaming)):
+        if given is not None and read_by not in methods:
+            raise UserError(f"settings of method {read_by} ({name}) need that method: --method {read_by}")
     with open_context(device) as context:
         if split != "val" and not is_built(Path(data_path)):
             raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
@@ -131,7 +131,7 @@ def score_model(
         planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
         if seq_len > model.context_len and context.is_main:
             print(f"warning: {longer_than_trained(seq_len, model.context_len)}", file=sys.stderr)
-        num_targets = len(data.stream(split)) - 1
+        num_targets = data.num_tokens(split) - 1
         _require_learning(adapt, seq_len, min(max_tokens or num_targets, num_targets))
         work = replace(scoring_work(seq_len, batch_tokens), backward=adapt.kind == "sgd")
         losses = losses_for_scoring(model.gpt, context, work)
