@@ -267,6 +267,23 @@ def test_fused_and_replayed_is_plain_within_its_noise(data: DataFolder):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_nothing_in_a_step_waits_for_the_device(data: DataFolder, graphs: str):
+    """Neither in a step as trained, nor in one that is quantization-aware; torch raises where the host would wait."""
+    session = on_cuda(data, THREE_LANES, f"run.cuda_graphs={graphs}")
+    warm_up(session)
+    for seconds in (1.0, 29.0):  # whatever is made once is made
+        train_step(session, plan_step(session, seconds))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        measured = [train_step(session, plan_step(session, seconds)) for seconds in (1.0, 29.0)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        session.loader.close()
+    assert all(bool(found.isfinite().all()) for found in measured)
+
+
+@pytest.mark.gpu
 def test_the_hosts_part_of_a_launch_is_told_from_the_devices():
     """A small kernel behind three milliseconds that the host takes to launch it."""
     x = torch.ones(8, device="cuda")
