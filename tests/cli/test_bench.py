@@ -91,6 +91,14 @@ def test_quantization_without_calibration(shell: Shell):
     assert 0 < result["figures"]["entropy_bytes"] < result["figures"]["store_bytes"]
 
 
+def test_one_codec_of_all(shell: Shell):
+    found = shell("bench", "pack", *QUICK, "--codec", "store", "--json")
+    names = [row["name"] for row in json.loads(found.out)["rows"]]
+    assert names == ["calibrate on made-up tokens", "quantize, gptq", "pack, store", "unpack, store"]
+    found = shell("bench", "pack", *QUICK, "--codec", "stroe")
+    assert found.code == 2 and "there is no 'stroe'" in found.err and "store" in found.err
+
+
 @pytest.mark.parametrize("name", ["step", "score", "attention", "mlp", "optimizer", "pack"])
 def test_a_profile(shell: Shell, tmp_path: Path, name: str):
     folder = tmp_path / "profile"

@@ -18,6 +18,7 @@ from epigram.cli.options import device_option, finish, set_option
 @click.option("--method", "methods", multiple=True, help="Of score: blocks, sliding or streaming (repeatable).")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Of score: tokens in a window.")
 @click.option("--stride", type=click.IntRange(min=1), help="Of score: tokens between windows of method sliding.")
+@click.option("--codec", "codecs", multiple=True, help="Of pack: only this codec (repeatable); brotli takes a minute.")
 @click.option("--json", "as_json", is_flag=True, help="Print the line of JSON alone, without the tables.")
 def command(
     benchmark: str,
@@ -29,6 +30,7 @@ def command(
     methods: tuple[str, ...],
     seq_len: int | None,
     stride: int | None,
+    codecs: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Time BENCHMARK on made-up tokens: step, lanes, attention, mlp, optimizer, score or pack.
@@ -39,7 +41,7 @@ def command(
     from epigram.run.bench.base import Options
     from epigram.run.benchmark import benchmark as run
 
-    options = Options(profile=profile, methods=methods, seq_len=seq_len, stride=stride)
+    options = Options(profile=profile, methods=methods, seq_len=seq_len, stride=stride, codecs=codecs)
     result = run(
         benchmark,
         recipe=recipe,

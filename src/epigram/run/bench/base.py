@@ -34,13 +34,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Options:
     """What only some benchmarks understand; None and () where the user said nothing.
 
-    profile: folder for a trace and the tables of kernels. methods, seq_len, stride: of scoring.
+    profile: folder for a trace and the tables of kernels. methods, seq_len, stride: of scoring. codecs: of packing.
     """
 
     profile: Path | None = None
     methods: tuple[str, ...] = ()
     seq_len: int | None = None
     stride: int | None = None
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,15 +21,18 @@ from epigram.run.export import BATCH_TOKENS, calibrate, taps
 from epigram.run.warmup import random_tokens
 
 REPEATS = 1  # a codec may take a minute
-OPTIONS = frozenset({"profile"})
+OPTIONS = frozenset({"profile", "codecs"})
 
 
 def run(bench: Bench) -> None:
+    codecs = bench.options.codecs or plugin.names(CODECS)
+    for codec in codecs:  # a wrong name is told before the work
+        plugin.load(CODECS, codec)
     stored = _quantize(bench)
     contents = Contents(model=to_tree(bench.engine.config)["model"], tensors=stored, recipe=bench.engine.config.recipe)
     bench.figures["weights"] = sum(parameter.numel() for parameter in bench.engine.model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        for codec in plugin.names(CODECS):
+        for codec in codecs:
             _time_codec(bench, codec, contents, Path(folder) / f"{codec}.epigram")
 
 
