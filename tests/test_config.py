@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def test_override_leaves_its_input_alone() -> None:
         ("modle.num_layers=3", "unknown key modle (did you mean model?)"),
         ("nonsense.a=3", "unknown key nonsense$"),
         ("lanes.7.seq_len=3", "no place in an array"),
+        ("lanes.²=1", "'²' is no section and no place in an array"),
+        ("lanes.-1.seq_len=3", "no place in an array"),
+        ("data.val_frac=0.5\nx=3", r"data.val_frac: expected a number, not '0.5\\nx=3'"),
+        ("data.val_frac=0.5\n[x]", "data.val_frac: expected a number"),
+        ("seed=" + "9" * 5000, "seed: expected an integer, not '9999"),
         ("model.num_layers=3.5", "model.num_layers: expected an integer, not 3.5"),
         ("model.smear=1", "model.smear: expected true or false, not 1"),
         ("model.window_layers=2", "model.window_layers: expected an array"),
@@ -133,6 +139,38 @@ def test_broken_toml_is_named(tmp_path: Path) -> None:
     path.write_text("[model\n")
     with pytest.raises(UserError, match="no valid TOML"):
         load_recipe(str(path))
+
+
+def test_a_file_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(b'recipe = "\xff"\n')
+    with pytest.raises(UserError, match="x.toml is no valid TOML: .*utf-8"):
+        load_recipe(str(path))
+
+
+def numbers(tree: object, path: str = "") -> Iterator[tuple[str, type]]:
+    """Every setting that is a number, and its type."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from numbers(value, f"{path}.{key}".lstrip("."))
+    elif type(tree) in (int, float):
+        yield path, type(tree)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [(int, "9223372036854775808"), (int, "-9223372036854775808"), (int, "1" + 400 * "0"), (float, "1" + 400 * "0")]
+    + [(float, word) for word in ("nan", "inf", "-inf", "1e+39")],
+)
+def test_no_number_is_infinite_or_enormous(kind: type, word: str) -> None:
+    """Of every setting there is, also those whose own checks only compare, which lets NaN pass."""
+    paths = [path for path, found in numbers(smoke_tree()) if found is kind]
+    assert len(paths) > 30
+    with pytest.raises(UserError) as error:
+        load_recipe("smoke", [f"{path}={word}" for path in paths])
+    for path in paths:
+        named = re.sub(r"\.\d+", "", path)  # places in arrays are not told
+        assert f"{named}: {word} is out of range" in str(error.value)
 
 
 PLAIN = st.one_of(st.booleans(), st.integers(-9, 9), st.text(max_size=3), st.floats(-2, 2))

@@ -26,6 +26,7 @@ LAYERS = (
         "roles",
         "typed",
         "user_cache",
+        "wire_format",
     ),
     ("model", "optim", "data", "quant", "artifact", "evaluation"),
     ("config", "recipes"),

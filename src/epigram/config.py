@@ -155,9 +155,9 @@ class RunConfig:
     memory (0: on a CPU 8,192, else whole lanes).
     cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
-    validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: wall time between
-    checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between comparisons of all
-    processes' weights (0: none); one more comes at the end.
+    validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: seconds of the
+    budget's clock between checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between
+    comparisons of all processes' weights (0: none); one more comes at the end.
     writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues, by
     sample_tokens tokens (0: no sample). compressors: put general compressors' bits per byte for the validation text
     beside the model's, at the end.
@@ -347,17 +347,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 def _read_toml(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if name_or_path in recipe_names():
-        text = (resources.files("epigram") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
+        data = (resources.files("epigram") / "recipes" / f"{name_or_path}.toml").read_bytes()
     elif path.suffix == ".toml" and path.is_file():
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
     else:
         what = "file" if path.suffix == ".toml" else "recipe"
         raise UserError(
             f"there is no {what} {name_or_path!r}: choose one of {', '.join(recipe_names())}, or give a .toml file"
         )
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(data.decode())
+    except ValueError as error:  # no TOML, or no UTF-8
         raise UserError(f"{name_or_path} is no valid TOML: {error}") from error
 
 
@@ -383,9 +383,10 @@ def _copy(tree: Any) -> Any:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        tree = tomllib.loads(f"value = {text}")
+    except ValueError:
         return text
+    return tree["value"] if len(tree) == 1 else text  # more lines assign more
 
 
 def _assign(tree: Any, path: list[str], value: Any, assignment: str) -> None:
@@ -402,7 +403,7 @@ def _assign(tree: Any, path: list[str], value: Any, assignment: str) -> None:
 
 
 def _item(array: Any, key: str, assignment: str) -> Any:
-    if not isinstance(array, list) or not key.isdigit() or int(key) >= len(array):
+    if not isinstance(array, list) or key not in map(str, range(len(array))):
         raise UserError(f"--set {assignment!r}: {key!r} is no section and no place in an array")
     return array[int(key)]
 

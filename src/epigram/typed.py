@@ -15,6 +15,7 @@ from epigram.errors import UserError
 T = TypeVar("T")
 
 _UNKNOWN = "unknown key "
+_LIMITS = {int: 2**63, float: 1e38}
 
 
 def typed(tree: dict[str, Any], kind: type[T], prefix: str = "") -> T:
@@ -68,11 +69,15 @@ def _array(kind: Any, converter: cattrs.Converter) -> Any:
 
 
 def _exactly(value: Any, kind: type) -> Any:
-    """No silent conversions: 3.5 is no integer, "no" is no truth value; an integer may stand for a float."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
+    """No silent conversions: 3.5 is no integer, "no" is no truth value; an integer may stand for a float.
+
+    Numbers fit into float32 or 64 bits, and none is infinite or NaN.
+    """
+    accepted: Any = int | float if kind is float else kind
+    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+        if kind in _LIMITS and not abs(value) < _LIMITS[kind]:  # also of NaN
+            raise ValueError(f"{value} is out of range")
+        return kind(value)
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     raise TypeError(f"expected {names[kind]}, not {value!r}")
 

@@ -371,6 +371,27 @@ def test_lies_in_the_header_are_named(tmp_path: Path, tokenizer: bytes, name: st
             read(path)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.01, 0.0])
+@pytest.mark.parametrize("codec", CODECS)
+def test_numbers_that_no_model_has_are_refused(tmp_path: Path, value: float, codec: str) -> None:
+    """Scales are positive, all numbers finite; under right checksums, since `save` trusts its caller."""
+    held = contents(layers=1, dim=8)
+    scaled = held.tensors["embed"]
+    scaled.scale[3] = value
+    save(tmp_path / "m", held, codec)
+    with pytest.raises(ArtifactError, match="section 'scales' has numbers out of range"):
+        load(tmp_path / "m")
+    for name, kind in (("attn_scale.0", "float16"), ("rope", "float32")):
+        held = contents(layers=1, dim=8)
+        held.tensors[name].view(-1)[2] = value
+        save(tmp_path / "m", held, codec)
+        if np.isfinite(value):
+            assert same_tensors(load(tmp_path / "m"), held)
+            continue
+        with pytest.raises(ArtifactError, match=f"section '{kind}' has numbers out of range"):
+            load(tmp_path / "m")
+
+
 def test_codes_beyond_qmax_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m"
     for codec in ("store", "brotli"):

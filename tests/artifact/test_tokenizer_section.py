@@ -10,11 +10,12 @@ from artifact_toy import train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epigram.artifact import charsmap, wire
+from epigram import wire_format as wire
+from epigram.artifact import charsmap
 from epigram.artifact.codecs import brotli
 from epigram.artifact.tokenizer_section import compact, expand
-from epigram.artifact.wire import WireError, bytes_field, read_fields
 from epigram.errors import ArtifactError, DataError
+from epigram.wire_format import WireError, bytes_field, read_fields
 
 TRICKY = [
     "",
@@ -154,8 +155,33 @@ def test_the_published_map_is_whole(nfkc_tokenizer: bytes) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x0a\xff", bytes(100), b"\x0a\x03\x0a\x01a\x07"])
 def test_what_is_no_tokenizer_is_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match="no SentencePiece model"):
+    with pytest.raises(DataError, match="no artifact can carry the tokenizer"):
         compact(data)
+
+
+def test_a_piece_that_is_too_long_is_named(training_text: str) -> None:
+    assert compact(train_tokenizer(training_text, user_defined_symbols=["x" * 255]))
+    with pytest.raises(DataError, match=r"artifact.tokenizer=false.*a piece of 300 bytes .* 1 to 255"):
+        compact(train_tokenizer(training_text, user_defined_symbols=["x" * 300]))
+
+
+@pytest.mark.parametrize("limit", ["MAX_STATES", "MAX_EDGES"])
+def test_a_map_that_could_not_be_read_again_is_not_written(
+    nfkc_tokenizer: bytes, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    packed = compact(nfkc_tokenizer)
+    monkeypatch.setattr(charsmap, limit, 1000)
+    with pytest.raises(DataError, match="a character map of 18,994 states"):
+        compact(nfkc_tokenizer)
+    with pytest.raises(ArtifactError, match="a character map of 18,994 states"):
+        expand(packed)
+
+
+def test_a_replacement_that_is_too_long_is_named(tmp_path: Path, training_text: str) -> None:
+    rules = tmp_path / "rules.tsv"
+    rules.write_text(f"61\t{' '.join(['62'] * 256)}\n")
+    with pytest.raises(DataError, match="a replacement of more than 255 characters"):
+        compact(train_tokenizer(training_text, normalization_rule_tsv=str(rules)))
 
 
 def test_sections_with_lies_are_refused(tokenizer: bytes) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden_model import golden, golden_model
 
+from epigram.errors import UserError
 from epigram.model.generate import Sampling, draw, probabilities, sample_batch, stream
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]]))
@@ -73,6 +74,36 @@ def test_batch_of_samples_is_what_the_model_predicts() -> None:
     assert torch.equal(logits[:, :-1].argmax(-1), tokens[:, 1:])
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"top_p": 1e-50}])
+@pytest.mark.parametrize("scale", [1.0, 1e37])
+def test_the_most_likely_token_always_stays(settings: dict, scale: float) -> None:
+    logits = torch.cat([LOGITS * scale, LOGITS.flip(-1) * scale])
+    found = probabilities(logits, Sampling(**settings))
+    assert found.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert draw(logits, Sampling(**settings), torch.Generator()).tolist() == [[0], [3]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_without_predictions_is_the_users_error(value: float, temperature: float) -> None:
+    model = golden_model()
+    with torch.no_grad():
+        model.embed[7] = value
+    for make in (
+        lambda how: stream(model, [7, 6], 1, how, context_len=64),
+        lambda how: sample_batch(model, 2, 3, how, banned=[1]),
+    ):
+        with pytest.raises(UserError, match="the model predicts no numbers"):
+            list(make(Sampling(temperature=temperature)))
+
+
 def test_bad_settings_are_refused_together() -> None:
-    with pytest.raises(ValueError, match="temperature = -1.*top_k = -2.*top_p = 0"):
-        Sampling(temperature=-1, top_k=-2, top_p=0)
+    with pytest.raises(ValueError, match="temperature = -1.*top_k = -2.*top_p = 0.*seed = 9223372036854775808"):
+        Sampling(temperature=-1, top_k=-2, top_p=0, seed=2**63)
+    with pytest.raises(ValueError, match="seed = -9223372036854775808"):
+        Sampling(seed=-(2**63))
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 1 - 2**63, 10**18])
+def test_any_seed_that_is_accepted_can_be_used(seed: int) -> None:
+    assert len(list(stream(golden_model(), [5], 2, Sampling(seed=seed), context_len=64))) == 2

@@ -89,6 +89,34 @@ def test_cache_looks_back_no_further_than_its_context(tokens: torch.Tensor) -> N
     torch.testing.assert_close(torch.cat(stepped, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pieces", [[96], [1] * 96, [50, 1, 45]])
+def test_a_context_of_one_is_the_own_position_alone(pieces: list[int], tokens: torch.Tensor) -> None:
+    """Equal to as many sequences of one token, where nothing but attention looks back."""
+    alone = GPT(dataclasses.replace(CONFIG, smear=False, bigram_buckets=0))
+    alone.load_state_dict(golden_model().state_dict(), strict=False)
+    cache = Cache(alone.config, context_len=1)
+    parts = [alone.logits(alone(part, cache=cache)) for part in tokens.split(pieces, dim=1)]
+    expected = alone.logits(alone(tokens.reshape(-1, 1))).view(*tokens.shape, -1)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+    last = alone.logits(alone(tokens, cache=Cache(alone.config, context_len=1), last=3))
+    torch.testing.assert_close(last, expected[:, -3:], rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_no_machine_can_number_are_refused() -> None:
+    """Of each size alone, and of many moderate ones together; before anything is allocated."""
+    sizes = ("vocab_size", "num_layers", "model_dim", "head_dim", "mlp_dim", "bigram_buckets", "bigram_dim")
+    for name in (*sizes, "value_embed_dim"):
+        with pytest.raises(ValueError, match=r"make about [\d,]+ weights: at most 2\^40"):
+            dataclasses.replace(CONFIG, **{name: 2**62})
+    with pytest.raises(ValueError, match=r"at most 2\^40"):
+        dataclasses.replace(CONFIG, num_heads=2**33, num_kv_heads=2**33)
+    with pytest.raises(ValueError, match=r"at most 2\^40"):
+        dataclasses.replace(CONFIG, model_dim=1 << 18, mlp_dim=1 << 18, head_dim=1 << 16)
+    large = dataclasses.replace(CONFIG, num_layers=96, model_dim=12_288, mlp_dim=4 * 12_288, num_heads=96, head_dim=128)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(large).parameters()) > 10**11
+
+
 def test_changing_a_token_changes_nothing_before_it(tokens: torch.Tensor) -> None:
     model = golden_model()
     before = model.logits(model(tokens))

@@ -101,6 +101,32 @@ def test_any_finite_row_gets_usable_steps(row: list[float], clip: str, floor: fl
             assert error <= 0.5 * step.max() * (1 + qmax * 2**-10) + qmax * 2**-24
 
 
+@pytest.mark.parametrize(("qmax", "k"), [(31, 5.0), (31, 12.85), (127, 20.0)])
+def test_sigma_keeps_rows_of_nearly_equal_values(qmax: int, k: float) -> None:
+    """Their deviation says nothing about their size; the largest value is a code of its own, no coarser than it."""
+    grid, noise = Grid(qmax, "sigma", sigma=k), torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
+    value = torch.tensor([[1.0], [-0.02], [30.0], [2e-3], [-5.0], [1.0]])
+    single, near = value[:, :1], value * (1 + noise * torch.tensor([[0.0], [1e-6], [1e-4], [1e-3], [1e-2], [5e-2]]))
+    for weight, most in ((single, 1e-6), (near, 0.5 / qmax)):
+        step = grid.candidates(weight)[0]
+        error = grid.codes(weight, step) * step[:, None] - weight
+        assert (error.square().sum(1) / weight.square().sum(1)).max() < most
+        assert (step <= weight.abs().amax(1) / qmax * 1.001 + k * weight.std(1, correction=0) / qmax).all()
+    zeros = torch.zeros(2, 1)
+    assert not grid.codes(zeros, grid.candidates(zeros)[0]).any()
+
+
+@pytest.mark.parametrize("cols", [8, 64, 1536])
+@pytest.mark.parametrize("k", [3.0, 5.0, 20.0])
+def test_sigma_of_rows_about_zero_is_their_deviation_bit_for_bit(cols: int, k: float) -> None:
+    """Rows with outliers beyond the clip among them."""
+    weight = torch.randn(2, 400, cols, generator=torch.Generator().manual_seed(4))
+    weight -= weight.mean(-1, keepdim=True)
+    weight[:, ::3, 0] += 0.5 * cols**0.5
+    expected = storable(weight.std(dim=-1, correction=0) * (k / 31))
+    assert torch.equal(Grid(31, "sigma", sigma=k).candidates(weight)[:, 0], expected)
+
+
 @pytest.mark.parametrize(("qmax", "k"), [(31, 6.0), (31, 7.0), (31, 12.85), (127, 20.0)])
 def test_sigma_gives_the_predicted_entropy(qmax: int, k: float) -> None:
     weight = torch.randn(1, 256, 4096, generator=torch.Generator().manual_seed(2)) * 0.3

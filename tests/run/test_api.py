@@ -94,7 +94,11 @@ def test_a_tokenizer_is_needed(finished: Path, tmp_path: Path):
     ("change", "message"),
     [
         ({"mlp_dim": 130}, r"describes a model of [\d,]+ weights, but holds 162,565"),
-        ({"model_dim": 10**9, "mlp_dim": 10**9}, "impossible size|describes a model of"),
+        ({"model_dim": 10**9, "mlp_dim": 10**9}, r"no model that this release knows: .* weights: at most 2\^40"),
+        ({"head_dim": 2**62}, r"weights: at most 2\^40"),
+        ({"num_layers": 2**62}, r"weights: at most 2\^40"),
+        *[({name: 10**20}, f"{name}: 10+ is out of range") for name in ("num_layers", "model_dim", "head_dim")],
+        *[({name: 1e308}, f"{name}: 1e.308 is out of range") for name in ("mlp_slope", "softcap", "qk_gain")],
         ({"num_layers": 5}, "describes a model of"),
         ({"window": 0}, "no model that this release knows.*window"),
         ({"colour": "red"}, "unknown key colour"),
@@ -112,6 +116,29 @@ def test_a_file_that_describes_another_model(finished: Path, tmp_path: Path, cha
     )
     artifact.save(tmp_path / "odd.epigram", contents)
     with pytest.raises(ArtifactError, match=message):
+        epigram.load(tmp_path / "odd.epigram")
+
+
+@pytest.mark.parametrize("change", [{"mlp_slope": 9e37}, {"softcap": 1e-37}, {"rotary_base": 1e-37}])
+def test_a_file_with_odd_numbers_gives_text_or_one_error(finished: Path, tmp_path: Path, change: dict):
+    held = artifact.load(finished / "model.epigram")
+    contents = artifact.Contents(
+        model={**held.model, **change}, tensors=held.tensors, tokenizer_proto=held.tokenizer_proto
+    )
+    artifact.save(tmp_path / "odd.epigram", contents)
+    odd = epigram.load(tmp_path / "odd.epigram")
+    if "mlp_slope" in change:
+        with pytest.raises(UserError, match="the model predicts no numbers"):
+            odd.generate("A dog")
+    else:
+        assert odd.generate("A dog", 5)
+
+
+def test_a_scale_that_is_no_number(finished: Path, tmp_path: Path):
+    held = artifact.load(finished / "model.epigram")
+    held.tensors["embed"].scale[7] = math.nan
+    artifact.save(tmp_path / "odd.epigram", held)
+    with pytest.raises(ArtifactError, match="odd.epigram: section 'scales' has numbers out of range"):
         epigram.load(tmp_path / "odd.epigram")
 
 
@@ -316,11 +343,18 @@ def _without_bytes(tokenizer: Tokenizer) -> Tokenizer:
         ({"temperature": -1.0}, "temperature = -1.0 must be 0"),
         ({"top_k": -1, "top_p": 2.0}, "top_k = -1 .*; top_p = 2.0"),
         ({"temperature": math.nan}, "temperature = nan"),
+        ({"seed": 10**20}, r"seed = 10+ must be below 2\^63"),
     ],
 )
 def test_impossible_sampling(model: Model, settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         model.stream("A", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"top_p": 1e-50}, {"top_k": 10**20, "seed": -7}])
+def test_extreme_sampling(model: Model, settings: dict):
+    found = model.generate("A dog", 12, **settings)
+    assert found == model.generate("A dog", 12, temperature=0) or "top_k" in settings
 
 
 def test_the_package_itself_offers_it():

@@ -40,6 +40,12 @@ def test_every_recipe(name: str, capsys):
     assert "NVLink" not in printed, "one process sends nothing"
 
 
+def test_what_looks_like_markup_is_text(capsys):
+    found = describe(short("recipe=[red]", "summary=uses [attn] and [/b] tricks"))
+    print_description(found)
+    assert capsys.readouterr().out.startswith("[red]: uses [attn] and [/b] tricks\n")
+
+
 def ranks_of(*overrides: str, gpus: int) -> list[int]:
     return [row["rank"] for row in describe(load_recipe("pr1212", overrides), gpus)["lanes"]]
 

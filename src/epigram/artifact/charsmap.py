@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.artifact.wire import WireError, join_streams, split_streams
+from epigram.wire_format import WireError, join_streams, split_streams
 
 MAX_STATES = 1 << 16  # nmt_nfkc has 18,994
 MAX_EDGES = 1 << 17  # and 29,685
@@ -95,8 +95,6 @@ class _Walk:
 
     def _enter(self, base: int, has_value: bool) -> tuple[int, Iterator[int]]:
         state = self.number[base, has_value] = len(self.labels)
-        if state >= MAX_STATES:
-            raise WireError(f"the character map has more than {MAX_STATES:,} states")
         places = base ^ np.arange(1, _BLOCK)
         inside = places[places < len(self.units)]
         children = inside[(self.units[inside] & (_VALUE_BIT | 255)) == inside ^ base]
@@ -118,6 +116,7 @@ class _Walk:
 
 def _to_streams(graph: Graph) -> bytes:
     counts = bytes(len(labels) for labels in graph.labels)
+    _check_size(counts)
     has_text = bytes(text is not None for text in graph.texts)
     texts = [text for text in graph.texts if text is not None]
     if max(map(len, texts), default=0) > 255:
@@ -201,10 +200,8 @@ def _from_streams(packed: bytes) -> Graph:
     """Rebuild the graph, every number checked. Raises WireError."""
     counts, has_text, steps, lengths, *rest = split_streams(packed, _STREAMS)
     references, characters = _unplanes(rest[:_PLANES]), _unplanes(rest[_PLANES:])
-    num_edges = sum(counts)
-    if not 0 < len(counts) <= MAX_STATES or num_edges > MAX_EDGES:
-        raise WireError("the character map has an impossible number of states")
-    if len(has_text) != len(counts) or len(steps) != num_edges or len(references) != num_edges:
+    _check_size(counts)
+    if len(has_text) != len(counts) or not len(steps) == len(references) == sum(counts):
         raise WireError("the character map's parts have lengths that do not fit together")
     labels = _read_labels(counts, steps)
     texts = iter(_read_texts(lengths, characters))
@@ -212,6 +209,11 @@ def _from_streams(packed: bytes) -> Graph:
     if sum(map(bool, has_text)) != len(lengths) or max(has_text) > 1 or has_text[0]:
         raise WireError("the character map has texts without a place")
     return Graph(labels, _read_targets(counts, references), placed)
+
+
+def _check_size(counts: bytes) -> None:
+    if not 0 < len(counts) <= MAX_STATES or sum(counts) > MAX_EDGES:
+        raise WireError(f"a character map of {len(counts):,} states, not 1 to {MAX_STATES:,}, or too many edges")
 
 
 def _read_labels(counts: bytes, steps: bytes) -> list[bytes]:

@@ -236,9 +236,15 @@ def _assemble(entry: Entry, floats: dict[str, Tensor], codes: dict[str, Tensor])
 
 
 def _split(data: Bytes, kind: str, part: Sequence[Entry]) -> dict[str, Tensor]:
-    """The tensors (or the scales, by the name of their matrix) in a byte section, as views."""
-    dtype = np.dtype("float16" if kind == "scales" else kind)
-    flat, start, result = torch.from_numpy(data.view(dtype)), 0, {}
+    """The tensors (or the scales, by the name of their matrix) in a byte section, as views.
+
+    Raises ArtifactError for numbers that are not finite, and for scales that are not positive.
+    """
+    least, dtype = (0, "float16") if kind == "scales" else (-np.inf, kind)
+    values = data.view(dtype)
+    if not ((values > least) & (values < np.inf)).all():
+        raise ArtifactError(f"section {kind!r} has numbers out of range")
+    flat, start, result = torch.from_numpy(values), 0, {}
     for entry in part:
         shape = entry.shape[:1] if kind == "scales" else entry.shape
         stop = start + math.prod(shape)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epigram.artifact import charsmap
-from epigram.artifact.wire import (
+from epigram.errors import ArtifactError, DataError
+from epigram.wire_format import (
     BYTES,
     FIXED32,
     VARINT,
@@ -25,7 +26,6 @@ from epigram.artifact.wire import (
     split_streams,
     varint,
 )
-from epigram.errors import ArtifactError, DataError
 
 MAX_PIECES = 1 << 17
 _NORMAL = 1
@@ -40,12 +40,12 @@ _TRAINER_ONLY = frozenset(
 def compact(proto: bytes) -> bytes:
     """The section's bytes for a SentencePiece model file; the codec that stores the section compresses them.
 
-    Raises DataError when `proto` is no such file.
+    Raises DataError when `proto` is no such file, or has more than the format allows.
     """
     try:
         return _compact(proto)
     except WireError as error:
-        raise DataError(f"the tokenizer is no SentencePiece model: {error}") from error
+        raise DataError(f"no artifact can carry the tokenizer (artifact.tokenizer=false: none is): {error}") from error
 
 
 def expand(packed: bytes) -> bytes:
@@ -93,7 +93,7 @@ def _read_piece(message: bytes) -> tuple[bytes, int, int]:
         else:
             raise WireError(f"a piece has the unknown field {field.number}")
     if not 0 < len(text) <= 255 or not 0 < kind <= 255:
-        raise WireError("a piece has an impossible length or type")
+        raise WireError(f"a piece of {len(text)} bytes and type {kind}, both are 1 to 255")
     return text, score, kind
 
 

@@ -99,6 +99,6 @@ class Cache:
 
 
 def _window(own: int, context_len: int) -> int:
-    """A layer's window, where no more than `context_len` positions, the own one included, may be looked at."""
-    limit = max(context_len - 1, 1)
-    return min(own or limit, limit)
+    """A layer's window, where no more than `context_len` positions, the own one included, may be looked at; 0 for the
+    own one alone."""
+    return min(own or context_len, context_len - 1)

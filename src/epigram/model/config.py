@@ -76,6 +76,10 @@ class ModelConfig:
         if self.value_embed_layers:
             counts.append("value_embed_dim")
         found = [f"{name} = {getattr(self, name)} must be positive" for name in counts if getattr(self, name) < 1]
+        width = max(self.model_dim, self.bigram_dim, self.value_embed_dim)
+        rows = self.vocab_size + self.bigram_buckets + self.num_layers * (self.query_dim + self.kv_dim + self.mlp_dim)
+        if (rows + width) * width > 2**40:  # no tensor has twice as many numbers
+            found.append(f"model_dim and the other sizes make about {rows * width:,} weights: at most 2^40")
         if self.vocab_size > 59_000 and self.bigram_buckets:
             found.append(
                 f"vocab_size = {self.vocab_size} overflows the bigram hash: at most 59000, or bigram_buckets = 0"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epigram.errors import UserError
 from epigram.model.cache import Cache
 from epigram.model.gpt import GPT
 
@@ -32,23 +33,29 @@ class Sampling:
             problems.append(f"top_k = {self.top_k} must be 0 (all tokens) or positive")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p = {self.top_p} must be above 0 and at most 1")
+        if not abs(self.seed) < 2**63:
+            problems.append(f"seed = {self.seed} must be below 2^63")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that is drawn from, float32: (B, V) -> (B, V)."""
+    """The distribution that is drawn from, float32: (B, V) -> (B, V). Raises UserError where logits are not finite."""
+    logits = logits.double()  # in which no temperature and no top_p above 0 becomes 0
+    top = logits.amax(-1, keepdim=True)
+    if not top.isfinite().all():  # banned tokens are at -inf
+        raise UserError("the model predicts no numbers: its weights are damaged, or its training diverged")
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    scaled = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    scaled = torch.softmax((logits - top) / sampling.temperature, dim=-1)
     if not sampling.top_k and sampling.top_p == 1:  # sorting takes longer than all else, and rounded sums reach 1 early
-        return scaled
+        return scaled.float()
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     keep = ordered.cumsum(-1) - ordered < sampling.top_p  # the first one always stays
     if sampling.top_k:
         keep[..., sampling.top_k :] = False
     kept = torch.zeros_like(scaled).scatter(-1, order, ordered * keep)
-    return kept / kept.sum(-1, keepdim=True)
+    return (kept / kept.sum(-1, keepdim=True)).float()
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -355,6 +355,8 @@ def _remembering(attend: Attend, cache: Cache, layer: int) -> Attend:
     """`attend` over all keys and values that the cache holds, the new ones included."""
 
     def attend_all(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        if not window:  # the own position alone, which no backend offers; there may be fewer queries than values
+            return v[:, -q.shape[1] :].repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         return attend(q, *cache.layers[layer].append(k, v), window)
 
     return attend_all

@@ -8,7 +8,8 @@ Codes are integers in -qmax..qmax; a step is stored as float16. A clip policy ch
   point: with floor 1 almost every trained row has the step 1 / qmax.
 - "max": the last of these clips alone.
 - "sigma": step = k * std(row) / qmax, no floor and no search (#1394, #1586). k trades size for accuracy
-  directly: about b - log2(k) + 1.05 bits a weight, b the bits of the grid.
+  directly: about b - log2(k) + 1.05 bits a weight, b the bits of the grid. A row whose values are nearly equal, far
+  from zero, is clipped at twice their mean, or at the largest.
 - "quantile" (tables only, #1212): the 0.9999984 quantile of |w|, with the same floor.
 """
 
@@ -100,7 +101,9 @@ class Grid:
         """
         if self.clip == "sigma":
             # about the row's mean, population form: a table of one column has no other
-            return storable(weight.std(dim=-1, correction=0)[..., None, :] * (self.sigma / self.qmax))
+            step = weight.std(dim=-1, correction=0) * (self.sigma / self.qmax)
+            least = torch.minimum(2 * weight.mean(dim=-1).abs(), weight.abs().amax(dim=-1)) / self.qmax
+            return storable(torch.maximum(step, least)[..., None, :])
         magnitude = weight.abs()
         if self.clip == "max":
             clips = magnitude.amax(dim=-1)[..., None, :]

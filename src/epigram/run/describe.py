@@ -121,10 +121,11 @@ def _curve(config: Config, num_steps: int | None) -> list[dict[str, float]]:
 def print_description(description: dict[str, Any]) -> None:
     """The same as tables."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    console.print(f"[bold]{description['recipe']}[/bold]: {description['summary']}")
+    console.print(f"[bold]{escape(description['recipe'])}[/bold]: {escape(description['summary'])}")
     share = description["forecast_bytes"] / description["cap_bytes"]
     console.print(
         f"{description['parameters']:,} parameters, about {description['forecast_bytes']:,} bytes packed: "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epigram.artifact.tokenizer_section import compact
 from epigram.compiling import compile_shapes
 from epigram.config import Config
 from epigram.data.dataset import DataFolder
@@ -247,7 +248,8 @@ def bank_transform(model: GPT, config: Config) -> BankTransform:
 
 
 def check_fit(config: Config, data: DataFolder) -> None:
-    """Raises UserError when the data's vocabulary is not the model's, or its documents cannot be told apart."""
+    """Raises UserError when the data's vocabulary is not the model's, its documents cannot be told apart, or the
+    artifact that a run ends with could not carry its tokenizer."""
     found = data.tokenizer.vocab_size
     if found != config.model.vocab_size:
         raise UserError(
@@ -255,6 +257,8 @@ def check_fit(config: Config, data: DataFolder) -> None:
             f"set model.vocab_size={found}, or build the data with --vocab-size {config.model.vocab_size}"
         )
     check_documents(config.model, data.tokenizer.bos_id)
+    if config.artifact.tokenizer:
+        compact(data.tokenizer.proto)
 
 
 def check_documents(model: ModelConfig, bos_id: int) -> None:

@@ -45,23 +45,28 @@ def pack(
     return artifact.save(path, contents, codec=config.artifact.codec)
 
 
-def load_model(path: Path, device: str = "auto", *, tokenizer: Tokenizer | None = None, shown: bool = True) -> Model:
+def load_model(
+    path: Path, device: str = "auto", *, tokenizer: Tokenizer | None = None, shown: bool = True, precision: str = ""
+) -> Model:
     """The model in an artifact, a run folder or a checkpoint, ready to use on `device`.
 
     A run folder means its artifact if it has one, else its newest checkpoint. `tokenizer` is used when the file carries
-    none. shown: the progress. Raises UserError or ArtifactError with what is wrong.
+    none. shown: the progress. precision: as in `RunConfig`, by default the run's, and "auto" for a file alone. Raises
+    UserError or ArtifactError with what is wrong.
     """
     context = Context(device=pick_device(device))
+    if not precision and (path / CONFIG).is_file():
+        precision = load_recipe(str(path / CONFIG)).run.precision
     if path.is_dir() and (path / ARTIFACT).is_file():
         path = path / ARTIFACT
     if path.is_file():
-        return _from_artifact(path, context, tokenizer, shown)
+        return _from_artifact(path, context, tokenizer, shown, precision or "auto")
     if path.is_dir():
-        return _from_checkpoint(path, context, tokenizer)
+        return _from_checkpoint(path, context, tokenizer, precision)
     raise UserError(f"there is no model at {path}: give a .epigram file, a run folder or a checkpoint folder")
 
 
-def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, shown: bool) -> Model:
+def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, shown: bool, precision: str) -> Model:
     contents = artifact.load(path, shown=shown)
     settings = dict(contents.model)
     try:
@@ -80,23 +85,20 @@ def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, sh
     if contents.tokenizer_proto is not None:
         tokenizer = Tokenizer.from_bytes(contents.tokenizer_proto)
     info = {"recipe": contents.recipe, "provenance": contents.provenance, "path": str(path)}
-    return _ready(model, context, _needed(tokenizer, path), context_len, info, transform)
+    return _ready(model, context, _needed(tokenizer, path), context_len, info, transform, precision)
 
 
 def _outline(config: ModelConfig, num_weights: int, path: Path) -> GPT:
     """The model without memory for its weights. Raises ArtifactError when the file does not hold as many."""
-    try:
-        with torch.device("meta"):
-            model = GPT(config)
-        described = sum(p.numel() for p in model.parameters())
-    except (RuntimeError, OverflowError) as error:  # sizes whose product no machine can number
-        raise ArtifactError(f"{path} describes a model of impossible size") from error
+    with torch.device("meta"):
+        model = GPT(config)
+    described = sum(p.numel() for p in model.parameters())
     if described != num_weights:
         raise ArtifactError(f"{path} describes a model of {described:,} weights, but holds {num_weights:,}")
     return model
 
 
-def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None) -> Model:
+def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None, precision: str) -> Model:
     run = path if (path / CONFIG).is_file() else path.resolve().parent.parent
     if not (run / CONFIG).is_file():
         raise UserError(f"{path} is neither a run folder nor a checkpoint in one: there is no {CONFIG}")
@@ -108,7 +110,8 @@ def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None) 
         tokenizer = Tokenizer.from_file(run / TOKENIZER)
     info = {"recipe": config.recipe, "path": str(path), "step": saved.state["step"]}
     transform = saved.state["facts"].get("transform", "")
-    return _ready(model, context, _needed(tokenizer, path), config.context_len, info, transform)
+    precision = precision or config.run.precision
+    return _ready(model, context, _needed(tokenizer, path), config.context_len, info, transform, precision)
 
 
 def final_weights(saved: checkpoint.Checkpoint, *, averaged: bool = True) -> dict[str, torch.Tensor]:
@@ -126,7 +129,13 @@ def _needed(tokenizer: Tokenizer | None, path: Path) -> Tokenizer:
 
 
 def _ready(
-    model: GPT, context: Context, tokenizer: Tokenizer, context_len: int, info: dict[str, Any], transform: str
+    model: GPT,
+    context: Context,
+    tokenizer: Tokenizer,
+    context_len: int,
+    info: dict[str, Any],
+    transform: str,
+    precision: str,
 ) -> Model:
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -135,7 +144,7 @@ def _ready(
         )
     check_documents(model.config, tokenizer.bos_id)
     model = model.to(context.device).requires_grad_(False)
-    model.compute_dtype, _ = pick_precision("auto", context)
+    model.compute_dtype, _ = pick_precision(precision, context)
     attach_attention(model, "auto", context, compiled=False)
     return Model(model, tokenizer, context_len, info, transform)
 
