@@ -244,10 +244,42 @@ def test_a_data_folder_of_other_text_stays(
     assert listing(out) != before
 
 
+@pytest.mark.parametrize("place", [".", "..", "../in", "here", "sub/.."])
+def test_the_folder_that_one_is_in_stays(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """It could only be replaced under the feet of whoever is in it."""
+    here = tmp_path / "new" / "in"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    out = here if place == "here" else place
+    message = "is no data folder" if place == ".." else "in is the folder .* called in.* such as .*in/data,"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        build([source], out, tokenizer_file=tokenizer_file)
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.chdir(tmp_path)
+    build([source], here, tokenizer_file=tokenizer_file)
+    monkeypatch.chdir(here)
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"called in|is no data folder"):
+        build([source], out, tokenizer_file=tokenizer_file, shard_tokens=500, replace=True)
+    assert listing(tmp_path) == before
+    build([source], "data", tokenizer_file=tokenizer_file)
+    assert check(Path("data")) == []
+
+
 BROKEN = [
     ("latin.txt", b"caf\xe9 " * 50, {}, r"latin\.txt is not UTF-8 at byte 3 "),
     ("empty.txt", b"", {}, "no text to train on"),
     ("blank.txt", b" \n\n ", {}, "no text to learn a tokenizer from"),
+    (
+        "good.txt",
+        b"good text. " * 2000,
+        {"tokenizer_file": "gone.model", "vocab_size": 1024, "normalization": "identity"},
+        r"vocab_size = 1024 is for a tokenizer that is trained, and .*gone\.model is used: .*; normalization = ident",
+    ),
     ("one.txt", b"just one document", {}, "only one document, .* by epigram data build --val"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', {}, r"line 2 has no field 'text'"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', {"field": "body"}, r"line 1 has no field 'body'"),
@@ -278,7 +310,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, name: str, raw: b
     options = {key: tmp_path / value if key == "tokenizer_file" else value for key, value in options.items()}
     before = listing(tmp_path)
     with pytest.raises(UserError, match=message):
-        build([tmp_path / name], tmp_path / "new" / "out", **({"vocab_size": 400} | options))
+        build([tmp_path / name], tmp_path / "new" / "out", **options)
     assert listing(tmp_path) == before
 
 
@@ -464,6 +496,23 @@ def test_cache_is_keyed_by_text_and_settings(tmp_path: Path, texts: list[str]) -
     changed = ensure_built(source, cache, vocab_size=400)
     assert changed.data.path != first.data.path
     assert changed.data.path.name.startswith("book.txt-")
+
+
+def test_settings_of_a_recipe_that_nothing_reads_are_passed_over(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path
+) -> None:
+    """A recipe has values for all of them, whatever the text is."""
+    folder, cache = tmp_path / "in", tmp_path / "cache"
+    write_jsonl(folder / "train.jsonl", texts[:40])
+    write_jsonl(folder / "val.jsonl", texts[40:])
+    built = [
+        ensure_built(folder, cache, vocab_size=400, normalization="identity", val_fraction=share)
+        for share in (0.1, 0.2)
+    ]
+    assert [len(one.notes) > 0 for one in built] == [True, False], "the share is no part of it"
+    assert documents_of(built[0].data.path, "val") == [text.encode() for text in texts[40:]]
+    given = ensure_built(folder, cache, tokenizer_file=tokenizer_file, vocab_size=420, normalization="nmt_nfkc")
+    assert given.data.tokenizer.proto == tokenizer_file.read_bytes()
 
 
 def test_cache_survives_a_failed_build(tmp_path: Path, texts: list[str]) -> None:

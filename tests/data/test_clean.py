@@ -2,17 +2,21 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rensa
 from data_helpers import make_documents
 from hypothesis import given
 from hypothesis import strategies as st
 
 from epigram.data.build import Built, build
 from epigram.data.check import check
-from epigram.data.clean import Cleaner, Cleaning, HashSet, num_bands, signature
+from epigram.data.clean import NEAR_THRESHOLD, Cleaner, Cleaning, HashSet, num_bands, signature
 from epigram.data.dataset import open_data
 from epigram.data.tokenizer import Tokenizer
 from epigram.errors import UserError
@@ -59,6 +63,24 @@ def altered(text: str, share: float, seed: int) -> str:
     """The text with some of its words exchanged."""
     draw = random.Random(seed)
     return " ".join(f"other{i}" if draw.random() < share else word for i, word in enumerate(text.split(" ")))
+
+
+def similarity(one: str, two: str) -> float:
+    """Share of common word sequences, by the signatures."""
+    return float(np.mean(signature(one) == signature(two)))
+
+
+def cleaner(known: list[str], threshold: float = NEAR_THRESHOLD) -> Cleaner:
+    cleaning = Cleaning(dedup="near", near_threshold=threshold)
+    return Cleaner(cleaning, np.array([signature(text) for text in known]))
+
+
+def by_library(text: str) -> rensa.RMinHash:
+    """The signature of a text of words without capitals, as the library keeps it."""
+    words = re.findall(r"\w+", text.lower())
+    minhash = rensa.RMinHash(128, 1)
+    minhash.update(sorted({" ".join(words[start : start + 5]) for start in range(len(words) - 4)}))
+    return minhash
 
 
 def test_a_planted_validation_document_is_caught_without_being_asked(tmp_path: Path, model: Path) -> None:
@@ -138,6 +160,9 @@ def test_short_and_foreign_documents(tmp_path: Path, model: Path) -> None:
 def test_settings_that_cannot_be(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match=r"min_chars = -1 .*dedup = 'all' .*near_threshold = 2"):
         built_from(tmp_path, model, ["a"], ["b"], min_chars=-1, dedup="all", near_threshold=2)
+    for dedup in ("none", "exact"):
+        with pytest.raises(UserError, match=f"near_threshold = 0.7 is for dedup = 'near', and dedup = '{dedup}'"):
+            built_from(tmp_path, model, ["a"], ["b"], dedup=dedup, near_threshold=NEAR_THRESHOLD)
     with pytest.raises(UserError, match="language 'xx' is unknown: choose one of .*de.*en"):
         built_from(tmp_path, model, [ENGLISH], [GERMAN], language="xx")
 
@@ -149,17 +174,17 @@ def test_signatures_estimate_the_share_of_common_word_sequences() -> None:
         one, two = words[:shared] + [f"a{i}" for i in range(60)], words[:shared] + [f"b{i}" for i in range(90)]
         first, second = ({tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (one, two))
         true = len(first & second) / len(first | second)
-        estimate = signature(" ".join(one)).jaccard(signature(" ".join(two).upper()))
+        estimate = similarity(" ".join(one), " ".join(two).upper())
         assert abs(estimate - true) < 4 * (true * (1 - true) / 128) ** 0.5
 
 
 def test_a_text_is_near_itself_whatever_its_length() -> None:
     for text in ("", "one", "one two three", ENGLISH):
-        assert Cleaner(Cleaning(dedup="near"), [signature(text)]).is_near(text)
+        assert cleaner([text]).is_near(text)
 
 
 def test_texts_without_words_are_like_themselves_alone() -> None:
-    near = Cleaner(Cleaning(dedup="near"), [signature("!!!"), signature("- - -")])
+    near = cleaner(["!!!", "- - -"])
     assert near.is_near("!!!") and near.is_near("- - -")
     assert not near.is_near("???") and not near.is_near("\n")
 
@@ -174,9 +199,56 @@ def test_what_the_signatures_call_near_is_found(threshold: float) -> None:
         share = min(threshold + 0.05, 0.99)
         kept = int(200 * 2 * share / (1 + share))  # so that the share of common sequences is about `share`
         first, second = " ".join(words), " ".join([*words[:kept], *(f"w{draw.randrange(3000)}" for _ in words[kept:])])
-        near += signature(first).jaccard(signature(second)) >= threshold
-        found += Cleaner(Cleaning(dedup="near", near_threshold=threshold), [signature(first)]).is_near(second)
+        near += similarity(first, second) >= threshold
+        found += cleaner([first], threshold).is_near(second)
     assert near > 70 and found >= 0.97 * near
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.64, 0.7, 1.0])
+def test_what_is_near_against_the_index_of_the_library(threshold: float) -> None:
+    """The same bands and the same signatures, so the same answers, one document at a time."""
+    draw = random.Random(int(100 * threshold))
+    known = [" ".join(f"w{draw.randrange(3000)}" for _ in range(60)) for _ in range(300)]
+    known += [known[7], altered(known[8], 0.02, 1)]
+    index = rensa.RMinHashLSH(threshold, 128, num_bands(threshold))
+    for key, text in enumerate(known):
+        index.insert(key, by_library(text))
+    ours = cleaner(known, threshold)
+    asked = [altered(draw.choice(known), share, seed) for seed, share in enumerate([0.0, 0.01, 0.03, 0.05, 0.1] * 60)]
+    asked += make_documents(50, seed=2)
+    own = [by_library(text) for text in asked]
+    expected = [any(by_library(known[key]).jaccard(one) >= threshold for key in index.query(one)) for one in own]
+    assert [ours.is_near(text) for text in asked] == expected
+    assert 20 < sum(expected) < 300
+
+
+def test_no_validation_documents_are_like_none() -> None:
+    assert not Cleaner(Cleaning(dedup="near"), np.empty((0, 128), np.uint32)).is_near("one two three")
+
+
+@pytest.mark.parametrize(("threshold", "most_bytes"), [(0.7, 1000), (0.5, 1300)])
+def test_memory_of_a_validation_document(threshold: float, most_bytes: int) -> None:
+    """In a process of its own, which holds the signatures (512 bytes) and 8 bytes for each of 32 or 64 bands."""
+    script = (
+        "import sys, numpy as np\n"
+        "from epigram.data.clean import Cleaner, Cleaning, signature\n"
+        "def resident(): return 4096 * int(open('/proc/self/statm').read().split()[1])\n"
+        "cleaning = Cleaning(dedup='near', near_threshold=float(sys.argv[1]))\n"
+        "def cleaner(count):\n"
+        "    near = np.empty((count, 128), np.uint32)\n"
+        "    for i in range(count):\n"
+        "        near[i] = signature(f'one two three four {i}')\n"
+        "    return Cleaner(cleaning, near)\n"
+        "cleaner(1).is_near('')\n"
+        "before = resident()\n"
+        "near = cleaner(30_000)\n"
+        "assert near.is_near('one two three four 29999') and not near.is_near('five six')\n"
+        "print((resident() - before) / 30_000)\n"
+    )
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is read from /proc")
+    run = subprocess.run([sys.executable, "-c", script, str(threshold)], capture_output=True, text=True, check=True)
+    assert 600 < float(run.stdout) < most_bytes
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.4, 0.64, 0.65, 0.7, 1.0])
@@ -200,5 +272,8 @@ def test_hash_set_against_a_set(batches: list[list[int]], recent: int) -> None:
                 expected.append(value not in plain and value != 3)
                 plain |= {value} - {3}
             assert met.add_new(np.array(batch, np.uint64), chosen).tolist() == expected
+        again = HashSet(np.array([*plain, *plain], np.uint64))
+        asked = np.arange(13, dtype=np.uint64)
+        assert again.add_new(asked, np.ones(13, np.bool_)).tolist() == [value not in plain for value in range(13)]
     finally:
         clean._RECENT = before

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from data_helpers import listing
 
 from epigram.cli.main import command
+from epigram.data import build, clean
+from epigram.data.tokenizer import Tokenizer
 from epigram.errors import UserError
 
 
@@ -78,6 +80,35 @@ def test_cleaning_and_transforms_reach_the_build(tmp_path: Path, texts: list[str
     assert train["short_documents"] + val["short_documents"] == 1
     assert "documents were left out, as they are shorter than 10 characters" in result.stdout
     assert call("check", tmp_path / "out").exit_code == 0
+
+
+def test_options_that_nothing_would_read_are_refused(tmp_path: Path, book: Path, tokenizer: Tokenizer) -> None:
+    """Even with the value that they have by default: whoever gives one believes that it does something."""
+    model, val, named = tmp_path / "given.model", tmp_path / "val.txt", tmp_path / "named"
+    model.write_bytes(tokenizer.proto)
+    val.write_text("kalo mi te ru sa no")
+    named.mkdir()
+    for name in ("train.txt", "val.txt"):
+        (named / name).write_text(book.read_text())
+    before = listing(tmp_path)
+    for source, options, message in (
+        (book, ("--tokenizer", model, "--vocab-size", 1024), "vocab_size = 1024 is for a tokenizer that is trained"),
+        (book, ("--tokenizer", model, "--normalization", "identity"), "normalization = identity is for a tokenizer"),
+        (book, ("--near-threshold", 0.7), "near_threshold = 0.7 is for dedup = 'near', and dedup = 'none'"),
+        (book, ("--dedup", "exact", "--near-threshold", 0.8), "near_threshold = 0.8 is for dedup = 'near'"),
+        (book, ("--val", val, "--val-fraction", 0.05), "val_fraction = 0.05 is of documents that have no split"),
+        (named, ("--val-fraction", 0.1), "val_fraction = 0.1 is of documents that have no split"),
+    ):
+        error = call("build", source, "--out", tmp_path / "out", *options).exception
+        assert isinstance(error, UserError)
+        assert message in str(error)
+    assert listing(tmp_path) == before
+
+
+def test_the_help_states_the_defaults() -> None:
+    output = " ".join(call("build", "--help").stdout.split())
+    for default in (build.VOCAB_SIZE, build.NORMALIZATION, build.VAL_FRACTION, clean.NEAR_THRESHOLD):
+        assert f"by default {default}" in output
 
 
 def test_a_damaged_folder_is_no_success(tmp_path: Path, book: Path) -> None:

@@ -88,6 +88,40 @@ def test_the_output_inside_the_input_is_not_read(folder) -> None:
     assert plan(gather([source], exclude=source / "out")) == [("a.txt", "text", BY_HASH)]
 
 
+def test_text_behind_links_is_read_once(folder, tmp_path: Path) -> None:
+    """Circles and second ways to a folder add nothing, and a folder that really lies there keeps its own names."""
+    source = folder("b.txt", "sub/c.txt", "sub/deep/d.txt")
+    for name in ("real/1.txt", "real/2.txt", "real/inner/3.txt", "other/4.txt", "aim.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    for link, target in {
+        "in/a link": "../real",
+        "in/again": "../real",
+        "in/.hidden": "../real",
+        "in/a second way": "sub",
+        "in/sub/circle": "../../in",
+        "in/sub/deep/up": "..",
+        "real/inner/on": "../../other",
+        "real/back": "../in/sub",
+        "in/file.txt": "../aim.txt",
+        "in/gone": "../nowhere",
+        "in/self": "self",
+    }.items():
+        (tmp_path / link).symlink_to(target)
+    gathered = gather([source])
+    names = ["a link/1.txt", "a link/2.txt", "a link/inner/3.txt", "a link/inner/on/4.txt"]
+    assert [file.name for file in gathered.files] == [*names, "b.txt", "file.txt", "sub/c.txt", "sub/deep/d.txt"]
+    assert gathered.notes == ("left out, as links that lead nowhere: gone, self",)
+    (tmp_path / "entry").symlink_to(source)
+    assert gather([tmp_path / "entry"]).content_hash() == gathered.content_hash()
+    without = gather([source], exclude=tmp_path / "real" / "inner")
+    assert [file.name for file in without.files][:3] == ["a link/1.txt", "a link/2.txt", "b.txt"]
+    val = gather([source], [tmp_path / "other"])
+    assert plan(val)[0] == ("4.txt", "text", "val")
+    assert [file.name for file in val.files[1:4]] == ["a link/1.txt", "a link/2.txt", "a link/inner/3.txt"]
+    assert len(val.files) == len(gathered.files)
+
+
 def test_what_cannot_be_gathered(folder, tmp_path: Path) -> None:
     source = folder("a.txt")
     (tmp_path / "empty").mkdir()

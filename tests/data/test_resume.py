@@ -10,13 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import listing, make_documents
+from hypothesis import given
+from hypothesis import strategies as st
 
 from epigram.data import encoding, journal
 from epigram.data.build import build
 from epigram.data.clean import Cleaning
 from epigram.data.encode import encode_all
+from epigram.data.split_writer import cut_documents
 from epigram.data.tokenizer import Tokenizer
 from epigram.errors import DataError
 
@@ -88,6 +92,19 @@ def test_any_number_of_interruptions_changes_nothing(
     assert interruptions >= 5
     assert listing(sources / "out") == expected
     assert not list(sources.glob(".*"))
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 9))
+def test_documents_of_a_stream_in_pieces(values: list[int], size: int) -> None:
+    """Against a plain loop; 1 is BOS."""
+    expected: list[list[int]] = []
+    for value in [1, *values]:
+        expected += [[]] if value == 1 else []
+        expected[-1].append(value)
+    stream = np.array([1, *values], np.uint16)
+    pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
+    assert [document.tolist() for document in cut_documents(pieces, 1)] == expected
+    assert not list(cut_documents([], 1))
 
 
 def test_a_full_disk_is_no_end(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

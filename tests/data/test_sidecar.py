@@ -120,6 +120,25 @@ def test_counts_of_another_stream_are_refused(data: DataFolder, tmp_path: Path) 
         open_data(copy).byte_counts("val")
 
 
+def test_counts_of_any_name_are_no_tokens(data: DataFolder, tmp_path: Path) -> None:
+    """Shards need not be called as ours are, and byte counts of train are not to be trained on."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(data.tokenizer_path, copy)
+    for split in ("train", "val"):
+        for shard in data.split(split):
+            shutil.copy(shard.path, copy / shard.path.name.replace("fineweb", "mine"))
+    for index, shard in enumerate(data.split("train")):
+        write_shard(copy / f"mine_train_bytes_{index:06d}.bin", np.full(shard.num_tokens, 3, np.uint16), "train")
+    for counts in data.byte_count_shards["val"]:
+        shutil.copy(counts.path, copy / counts.path.name.replace("fineweb", "mine"))
+    bare = open_data(copy)
+    for split in ("train", "val"):
+        assert np.array_equal(bare.stream(split), data.stream(split))
+    assert np.array_equal(bare.byte_counts("val"), data.byte_counts("val"))
+    assert bare.byte_counts("train").tolist() == [3] * data.num_tokens("train")
+
+
 def test_check_sees_wrong_counts(data: DataFolder, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(data.path, copy)

@@ -126,6 +126,29 @@ def test_cut_and_altered_archives_are_noticed(tmp_path: Path, suffix: str, pack)
             list(jsonl.documents(path))
 
 
+def test_numbers_of_any_length_beside_the_text(tmp_path: Path) -> None:
+    """Python converts none of more than 4,300 digits, and nobody asks it to."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": {"7" * 5000}, "text": "kalo", "deep": [-{"8" * 9000}, 1.5e{"9" * 5000}]}}\n')
+    assert list(jsonl.documents(path)) == ["kalo"]
+    path.write_text(f'{{"text": {"7" * 5000}}}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: field 'text' holds a int"):
+        list(jsonl.documents(path))
+
+
+def test_a_small_archive_of_much_text_comes_in_small_pieces(tmp_path: Path) -> None:
+    """16 KiB of such a file hold half a GB, which would lie in memory at once."""
+    raw = b"x" * (96 << 20)
+    whole = zstandard.compress(raw)
+    assert len(whole) < 4096
+    for packed, num_bytes in ((whole, len(raw)), (whole + zstandard.compress(b"end"), len(raw) + 3)):
+        sizes = [len(piece) for piece in jsonl._unzstd([packed], tmp_path / "a.jsonl.zst")]
+        assert sum(sizes) == num_bytes
+        assert max(sizes) <= 5 << 20
+    with pytest.raises(DataError, match="cut short"):
+        list(jsonl._unzstd([whole[:-1]], tmp_path / "a.jsonl.zst"))
+
+
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MAX_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"

@@ -48,15 +48,13 @@ def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) ->
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The data folder to write.")
 @click.option("--val", "val_sources", multiple=True, metavar="SOURCE", help="Validation text; may be repeated.")
 @click.option("--tokenizer", "tokenizer_file", type=click.Path(path_type=Path), help="A SentencePiece .model to use.")
-@click.option("--vocab-size", default=1024, show_default=True, help="Pieces of the tokenizer that is trained.")
+@click.option("--vocab-size", type=int, help="Pieces of the tokenizer that is trained; by default 1024.")
 @click.option(
     "--normalization",
     type=click.Choice(["identity", "nmt_nfkc"]),
-    default="identity",
-    show_default=True,
-    help="How the trained tokenizer changes text; identity keeps every byte.",
+    help="How the trained tokenizer changes text; by default identity, which keeps every byte.",
 )
-@click.option("--val-fraction", default=0.05, show_default=True, help="Share of the documents held out, without --val.")
+@click.option("--val-fraction", type=float, help="Share of the documents held out, without --val; by default 0.05.")
 @click.option("--shard-tokens", default=100_000_000, show_default=True, help="Tokens of a full shard.")
 @click.option("--field", metavar="NAME", help="Field or column that holds the text of a record; by default text.")
 @click.option("--transform", default="", metavar="NAME", help="Of text before it is tokenized: caseops, or none.")
@@ -71,7 +69,7 @@ def fetch_command(name: str, out: Path | None, as_json: bool, **options: Any) ->
     show_default=True,
     help="Leave out repeated documents (exact), and those of train that are nearly like one of val too (near).",
 )
-@click.option("--near-threshold", default=0.7, show_default=True, help="Share of common word sequences that is near.")
+@click.option("--near-threshold", type=float, help="Share of common word sequences that is near; by default 0.7.")
 @click.option("--workers", type=int, help="Processes; by default one a core, up to four.")
 @click.option("--seed", default=0, show_default=True, help="Decides which documents are held out.")
 @click.option("--replace", is_flag=True, help="Replace a data folder of other text or settings that --out holds.")
@@ -83,7 +81,7 @@ def build_command(
     min_chars: int,
     language: str,
     dedup: str,
-    near_threshold: float,
+    near_threshold: float | None,
     **options: Any,
 ) -> None:
     """Build a data folder from text.

@@ -43,6 +43,7 @@ from epigram.data.transforms import base as transforms
 from epigram.errors import DataError, UserError
 
 VOCAB_SIZE = 1024
+NORMALIZATION = "identity"
 FIELD = "text"  # of records
 VAL_FRACTION = 0.05  # of the documents
 _MOST_WORKERS = 4  # by default: each takes about 100 MB
@@ -64,9 +65,9 @@ def build(
     *,
     val_sources: Sequence[str | Path] = (),
     tokenizer_file: str | Path | None = None,
-    vocab_size: int = VOCAB_SIZE,
-    normalization: str = "identity",
-    val_fraction: float = VAL_FRACTION,
+    vocab_size: int | None = None,
+    normalization: str | None = None,
+    val_fraction: float | None = None,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     field: str | None = None,
@@ -79,25 +80,27 @@ def build(
 ) -> Built:
     """Build the data folder `out` from files, folders, "stdlib" or hf:// datasets.
 
-    tokenizer_file: used instead of training one with `vocab_size` pieces and `normalization`. val_sources:
-    validation text; without it, `val_fraction` of the documents is held out, chosen by hash (see `gather` for
-    folders that name their splits). field: holds the text of a record, by default "text". workers: processes, by
-    default one for each core up to four. transform: of the normalised text before it is tokenized (`data.transforms`).
-    cleaning: what to leave out. endpoint: of the hub, by default what its library's settings say. for_score: the folder
-    is to be scored by a model of `tokenizer_file`, not trained on: all text goes to val, and train is empty.
-    replace: a data folder of other text or settings that `out` holds.
+    tokenizer_file: used instead of training one with `vocab_size` pieces (by default `VOCAB_SIZE`) and `normalization`
+    ("identity"). val_sources: validation text; without it, `val_fraction` (by default `VAL_FRACTION`) of the documents
+    is held out, chosen by hash (see `gather` for folders that name their splits). field: holds the text of a record, by
+    default "text". workers: processes, by default one for each core up to four. transform: of the normalised text
+    before it is tokenized (`data.transforms`). cleaning: what to leave out. endpoint: of the hub, by default what its
+    library's settings say. for_score: the folder is to be scored by a model of `tokenizer_file`, not trained on: all
+    text goes to val, and train is empty. replace: a data folder of other text or settings that `out` holds.
 
-    Raises UserError for settings that cannot be (all of them in one message), DataError for text, a tokenizer
-    or a disk that cannot be used; nothing half-written appears at `out`.
+    Raises UserError for settings that cannot be (all of them in one message) or that nothing would read, DataError for
+    text, a tokenizer or a disk that cannot be used; nothing half-written appears at `out`.
     """
     out, cleaning = Path(out), cleaning or Cleaning()
+    if out.name in ("", ".."):  # what is built beside it needs the name of the folder itself
+        out = out.resolve()
     _check_settings(tokenizer_file, vocab_size, normalization, val_fraction, shard_tokens, workers, cleaning)
     assert tokenizer_file is not None or not for_score
     marks = transforms.load(transform).MARKS if transform else ""
     check_place(out)
     hub = Hub(endpoint) if any(is_remote(source) for source in (*sources, *val_sources)) else None
     gathered = gather(sources, val_sources, exclude=out, hub=lambda: hub or Hub(endpoint), for_score=for_score)
-    field = _field(field, gathered)
+    field, fraction = _field(field, gathered), _fraction(val_fraction, gathered)
     must_be_same = not replace and is_data_folder(out)
     if must_be_same and not is_read_whole(gathered.files):
         raise UserError(_keep(out, "it is not built again to see whether it is of this text"))
@@ -105,19 +108,22 @@ def build(
     make_parent(out)
     _check_spool(out, gathered)
     with Spool(hub, gathered.files, out.with_name(f".{out.name}.spool")) as spool:
-        by_hash = any(file.split == BY_HASH for file in gathered.files)
-        fraction = val_fraction if by_hash else 0.0
-        training = tokenizer is None
-        found = survey(gathered.files, field, seed, val_fraction=fraction, for_training=training, local=spool.local)
+        trains = tokenizer is None
+        found = survey(gathered.files, field, seed, val_fraction=fraction, for_training=trains, local=spool.local)
         if tokenizer is None:
             encode = transforms.load(transform).encode if transform else None
             texts = found.sample.texts()
+            vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
             tokenizer = train_tokenizer(
-                map(encode, texts) if encode else texts, vocab_size, normalization, seed=seed, marks=marks
+                map(encode, texts) if encode else texts,
+                vocab_size,
+                normalization or NORMALIZATION,
+                seed=seed,
+                marks=marks,
             )
         _check_marks(tokenizer, marks, transform)
         trial = try_tokenizer(tokenizer, found.sample)
-        limit = val_limit(found, gathered.files, tokenizer, field, fraction, seed, spool.local) if by_hash else 0
+        limit = val_limit(found, gathered.files, tokenizer, field, fraction, seed, spool.local) if fraction else 0
         settings = Settings(
             field=field,
             seed=seed,
@@ -127,7 +133,7 @@ def build(
             min_chars=cleaning.min_chars,
             language=cleaning.language,
             dedup=cleaning.dedup,
-            near_threshold=cleaning.near_threshold if cleaning.dedup == "near" else 0.0,
+            near_threshold=cleaning.threshold if cleaning.dedup == "near" else 0.0,
         )
         plan = Plan(files=gathered.files, tokenizer=tokenizer, settings=settings, cleaning=cleaning, limit=limit)
         with built_beside(out, _fingerprint(plan)) as folder:
@@ -138,7 +144,7 @@ def build(
             )
             if must_be_same and not _holds(out, manifest):
                 raise UserError(_keep(out, "it is of other text or settings"))
-    notes = (*gathered.notes, *_notes(manifest, vocab_size if training else None))
+    notes = (*gathered.notes, *_notes(manifest, vocab_size))
     return Built(path=out, manifest=manifest, notes=notes)
 
 
@@ -165,17 +171,29 @@ def _field(given: str | None, gathered: Gathered) -> str:
     return FIELD if given is None else given
 
 
+def _fraction(given: float | None, gathered: Gathered) -> float:
+    """Share of the documents to hold out by hash, 0 where none is; UserError for one that is given in vain."""
+    if any(file.split == BY_HASH for file in gathered.files):
+        return VAL_FRACTION if given is None else given
+    if given is not None:
+        raise UserError(
+            f"val_fraction = {given} is of documents that have no split, and here --val or the names of the files say "
+            "what is held out: leave it out"
+        )
+    return 0.0
+
+
 def _check_settings(
     tokenizer_file: str | Path | None,
-    vocab_size: int,
-    normalization: str,
-    val_fraction: float,
+    vocab_size: int | None,
+    normalization: str | None,
+    val_fraction: float | None,
     shard_tokens: int,
     workers: int | None,
     cleaning: Cleaning,
 ) -> None:
-    problems = [] if tokenizer_file is not None else check_vocab_size(vocab_size) + check_normalization(normalization)
-    if not 0 < val_fraction < 1:
+    problems = _tokenizer_problems(tokenizer_file, vocab_size, normalization)
+    if val_fraction is not None and not 0 < val_fraction < 1:
         problems.append(f"val_fraction = {val_fraction} must be above 0 and below 1")
     if not 0 < shard_tokens <= MAX_SHARD_TOKENS:
         problems.append(f"shard_tokens = {shard_tokens} must lie between 1 and {MAX_SHARD_TOKENS:,}")
@@ -184,6 +202,21 @@ def _check_settings(
     problems += cleaning.problems()
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _tokenizer_problems(
+    tokenizer_file: str | Path | None, vocab_size: int | None, normalization: str | None
+) -> list[str]:
+    """What is wrong with the settings of a tokenizer to train, or that there are some where none is trained."""
+    given = {"vocab_size": vocab_size, "normalization": normalization}
+    if tokenizer_file is not None:
+        return [
+            f"{name} = {value} is for a tokenizer that is trained, and {tokenizer_file} is used: leave one of them out"
+            for name, value in given.items()
+            if value is not None
+        ]
+    problems = [] if vocab_size is None else check_vocab_size(vocab_size)
+    return problems + ([] if normalization is None else check_normalization(normalization))
 
 
 def _check_marks(tokenizer: Tokenizer, marks: str, transform: str) -> None:

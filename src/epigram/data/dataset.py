@@ -168,8 +168,7 @@ def _open_bare(folder: Path, tokenizer_file: Path | None) -> DataFolder:
     tokenizer_path = tokenizer_file or _only_model(folder)
     shards = {split: tuple(open_shard(path, split) for path in published_shards(folder, split)) for split in SPLITS}
     counts = {
-        split: tuple(open_shard(path, split) for path in sorted(folder.glob(f"*_{split}_bytes_*.bin")))
-        for split in SPLITS
+        split: tuple(open_shard(path, split) for path in published_shards(folder, f"{split}_bytes")) for split in SPLITS
     }
     validation = of_folder(folder, shards["val"], tokenizer_path)
     return DataFolder(
@@ -189,10 +188,8 @@ def allow_validation(folder: Path, tokenizer_file: str | Path | None = None) -> 
 
 
 def published_shards(folder: Path, split: str) -> list[Path]:
-    """Shards of a split by their names, in order; byte counts that lie beside them are none (`data.sidecar`)."""
-    return sorted(
-        path for path in folder.glob(f"*_{split}_*.bin") if not path.name.startswith(f"fineweb_{split}_bytes_")
-    )
+    """Shards of a split by their names, in order; the byte counts that lie beside those of "val" are "val_bytes"."""
+    return sorted({*folder.glob(f"*_{split}_*.bin")} - {*folder.glob(f"*_{split}_bytes_*.bin")})
 
 
 def _first(shards: Sequence[Shard], most: int | None) -> NDArray[np.uint16]:

@@ -58,7 +58,7 @@ class EncodeJob:
 
     field: of records. transform: name of a text transform, or "". limit, seed: which documents of files without a
     split go to val (`survey.val_limit`). keep: "val" or "train" to pass over the documents of the other, or "both".
-    near: signatures of validation documents, for cleaning.
+    near: signatures of validation documents for cleaning, (N, PERMUTATIONS) uint32, or None.
     """
 
     tokenizer: Tokenizer
@@ -68,7 +68,7 @@ class EncodeJob:
     limit: int
     seed: int
     keep: str = "both"
-    near: tuple[Any, ...] = ()
+    near: NDArray[np.uint32] | None = None
 
 
 class Encoder:

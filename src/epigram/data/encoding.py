@@ -1,15 +1,14 @@
 """The second reading of a build: every document into its split, in order, with a journal to go on from."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.data.clean import NEAR, Cleaning, HashSet, is_member, signature
+from epigram.data.clean import NEAR, PERMUTATIONS, Cleaning, HashSet, is_member, signature
 from epigram.data.encode import EncodedBatch, EncodeJob, encode_all
 from epigram.data.gather import BY_HASH, SourceFile
 from epigram.data.journal import Entry, Journal, read_entry
@@ -76,9 +75,7 @@ class Encoding:
                 for split in SPLITS
             }
             if self._plan.cleaning.dedup != "none":
-                for writer in writers.values():
-                    hashes = writer.hashes_so_far()
-                    self._met.add_new(hashes, np.ones(len(hashes), np.bool_))
+                self._met = HashSet(np.concatenate([writer.hashes_so_far() for writer in writers.values()]))
             first, place = (self._entry.phase, self._entry.place) if self._entry else (0, START)
             total = total_input_bytes * len([one for one in passes if BY_HASH in one.splits] or [0])
             with Progress("encoding", total=total / 1e6, unit="MB of files") as progress:
@@ -99,7 +96,7 @@ class Encoding:
     def _run_pass(
         self, phase: int, one: _Pass, start: Place, writers: dict[str, SplitWriter], progress: Progress
     ) -> None:
-        near = self._signatures(writers["val"]) if phase and self._plan.cleaning.dedup == "near" else ()
+        near = self._signatures(writers["val"]) if phase and self._plan.cleaning.dedup == "near" else None
         job = EncodeJob(
             tokenizer=self._plan.tokenizer,
             field=self._plan.settings.field,
@@ -160,17 +157,18 @@ class Encoding:
             )
         )
 
-    def _signatures(self, writer: SplitWriter) -> tuple[Any, ...]:
-        """Of all validation documents, taken from their tokens: whoever resumes has nothing else."""
-        tokenizer, tokens = self._plan.tokenizer, writer.tokens_so_far()
-        name = self._plan.settings.transform
+    def _signatures(self, writer: SplitWriter) -> NDArray[np.uint32]:
+        """Of all validation documents, (N, PERMUTATIONS), taken from their tokens: whoever resumes has nothing else."""
+        tokenizer, name = self._plan.tokenizer, self._plan.settings.transform
         decode = load_transform(name).decode if name else str
-        starts = np.flatnonzero(tokens == tokenizer.bos_id)
-        texts = (decode(tokenizer.decode(document)) for document in np.split(tokens, starts[1:]) if len(document))
-        return tuple(signature(text) for text in _shown(texts, len(starts)))
+        texts = (decode(tokenizer.decode(document)) for document in writer.documents_so_far(tokenizer.bos_id))
+        signatures = np.empty((writer.documents, PERMUTATIONS), np.uint32)
+        for row, text in zip(signatures, _shown(texts, writer.documents), strict=True):
+            row[:] = signature(text)
+        return signatures
 
 
-def _shown(texts: Any, count: int) -> Generator[str]:
+def _shown(texts: Iterable[str], count: int) -> Generator[str]:
     with Progress("signatures of validation documents", total=count, unit="documents") as progress:
         for text in texts:
             yield text

@@ -93,10 +93,12 @@ class Growing:
         self._file.seek(0, os.SEEK_END)
 
     def read_back(self, dtype: str, skip_bytes: int = 0) -> NDArray[Any]:
-        """What was written so far, without its first bytes."""
+        """What was written so far, without its first bytes, memory-mapped."""
         with full_disk_explained(self.path):
             self._file.flush()
-        return np.fromfile(self._beside, dtype, offset=skip_bytes)
+        if self._file.tell() <= skip_bytes:  # nothing cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(self._beside, dtype, "r", skip_bytes)
 
     def checkpoint(self) -> int:
         """Put everything on the disk, to be kept whatever happens; returns its length in bytes."""

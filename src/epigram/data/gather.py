@@ -104,13 +104,13 @@ def gather(
 ) -> Gathered:
     """All files of `sources` (files, folders, "stdlib"), split as `val_sources` or their names say.
 
-    A folder is walked in the order of names, hidden files and `exclude` left aside. Where it holds records
-    (.jsonl, .csv, .parquet), other files are not text to train on and are left out. A folder that has files named
-    train and val is split by these names, and a file named test is then left out; otherwise the hash of each
-    document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records of a dataset on the hub, treated
-    like a folder; `hub` is asked for them. for_score: all is text of val, but for what a folder's names say is to
-    train on, and a text file is one document as far as `sources.text` allows. Raises UserError for a path that does not
-    exist, or is named twice.
+    A folder is walked in the order of names, hidden files and `exclude` left aside, and what lies behind links in it is
+    read too, each folder once. Where it holds records (.jsonl, .csv, .parquet), other files are not text to train on
+    and are left out. A folder that has files named train and val is split by these names, and a file named test is then
+    left out; otherwise the hash of each document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records
+    of a dataset on the hub, treated like a folder; `hub` is asked for them. for_score: all is text of val, but for what
+    a folder's names say is to train on, and a text file is one document as far as `sources.text` allows. Raises
+    UserError for a path that does not exist, or is named twice.
     """
     if not sources:
         raise UserError("there is nothing to read: name a file, a folder, or stdlib")
@@ -198,14 +198,10 @@ def _spool_name(file: HubFile) -> Path:
 def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFile]:
     if is_data_folder(folder):
         raise UserError(f"{folder} is a built data folder already: use it as it is, with --data")
-    excluded = exclude.resolve() if exclude else None
-    found = []
-    for here, folders, names in os.walk(folder, onerror=_refuse_unreadable):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and (Path(here) / name).resolve() != excluded
-        ]
-        found += [Path(here) / name for name in names if not name.startswith(".")]
-    found = sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
+    there = sorted(_inside(folder, exclude), key=lambda path: path.relative_to(folder).as_posix())
+    if gone := [path for path in there if not path.exists()]:
+        notes.append(_note("left out, as links that lead nowhere", folder, gone))
+    found = [path for path in there if path.is_file()]
     if not found:
         raise DataError(f"folder {folder} holds no files: name another")
     kinds = {path: base.source_for(path) for path in found}
@@ -226,6 +222,28 @@ def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFi
         )
         for path in records or found
     ]
+
+
+def _inside(folder: Path, exclude: Path | None) -> list[Path]:
+    """Everything in a folder but folders, hidden names and what `exclude` holds.
+
+    Links to folders are followed after the folders that really lie there, in a fixed order, and no folder is read
+    twice: neither one that several names lead to nor, in a circle, one that holds the link.
+    """
+    found: list[Path] = []
+    known = {exclude.resolve()} if exclude else set()
+    waiting = [folder]
+    for start in waiting:  # grows on the way
+        for here, folders, names in os.walk(start, onerror=_refuse_unreadable):
+            place = Path(here)
+            if (real := place.resolve()) in known:
+                folders.clear()
+                continue
+            known.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [place / name for name in folders if (place / name).is_symlink()]
+            found += [place / name for name in names if not name.startswith(".")]
+    return found
 
 
 def _refuse_unlike_text(paths: list[Path], folder: Path) -> None:

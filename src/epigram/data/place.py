@@ -19,11 +19,16 @@ _SILENT_S = 900.0  # a journal is written every half minute
 
 
 def check_place(out: Path) -> None:
-    """UserError when `out` holds something that is no data folder."""
-    if out.is_dir() and (is_data_folder(out) or not any(out.iterdir())):
-        return
-    if out.exists() or out.is_symlink():
+    """UserError when `out` holds something that is no data folder, or whoever calls is in it, who would be left in a
+    folder that was removed."""
+    is_free = out.is_dir() and (is_data_folder(out) or not any(out.iterdir()))
+    if not is_free and (out.exists() or out.is_symlink()):
         raise UserError(f"{out} exists and is no data folder, so it is not overwritten: name another, or remove it")
+    if is_free and Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(
+            f"{out} is the folder that this command is called in, and what is built would take its place: name a "
+            f"folder in it, such as {out / 'data'}, or call from elsewhere"
+        )
 
 
 def make_parent(out: Path) -> None:

@@ -4,7 +4,7 @@
 little-endian uint16 ids. A document may go on in the next shard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -166,12 +166,12 @@ class ShardWriter:
         if state["bytes"] is not None:
             self._file = Growing(self._path, state["bytes"])
 
-    def read_back(self) -> NDArray[np.uint16]:
-        """Everything that was written so far."""
-        parts = [shard.read() for shard, _ in self.finished]
+    def read_back(self) -> Iterator[NDArray[np.uint16]]:
+        """What was written so far, memory-mapped, shard after shard."""
+        for shard, _ in self.finished:
+            yield shard.tokens
         if self._file is not None:
-            parts.append(self._file.read_back("<u2", HEADER_BYTES))
-        return np.concatenate([np.empty(0, np.uint16), *parts])
+            yield self._file.read_back("<u2", HEADER_BYTES)
 
     @property
     def _path(self) -> Path:

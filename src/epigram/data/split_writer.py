@@ -1,6 +1,8 @@
 """Writes one split of a data folder: shards, byte counts, document hashes, and the sums for its manifest entry."""
 
 import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +18,7 @@ from epigram.data.shards import ShardWriter, byte_counts_name
 
 _SUMS = ("original_bytes", "normalized_bytes", "unknown_tokens", "unknown_bytes")
 _CHUNK = 1 << 20  # documents
+_PIECE = 1 << 16  # tokens
 
 
 class SplitWriter:
@@ -94,9 +97,13 @@ class SplitWriter:
         """Hashes of the whole texts of the documents written so far, in order."""
         return self._hashes.read_back("<u8").reshape(-1, 2)[:, 1]
 
-    def tokens_so_far(self) -> NDArray[np.uint16]:
-        """All tokens written so far."""
-        return self._shards.read_back()
+    def documents_so_far(self, bos_id: int) -> Iterator[NDArray[np.uint16]]:
+        """Tokens of each document written so far, BOS in front, read from the disk a little at a time."""
+        shards = self._shards.read_back()
+        pieces = (
+            np.asarray(tokens[start : start + _PIECE]) for tokens in shards for start in range(0, len(tokens), _PIECE)
+        )
+        return cut_documents(pieces, bos_id)
 
     def entry(self) -> SplitEntry:
         """What was written, for the manifest; after the end."""
@@ -110,6 +117,18 @@ class SplitWriter:
             byte_counts=() if self._counts is None else _entries(self._counts),
             hashes=HashesEntry(file=path.name, sha256=sha256_of(path), start_bytes=START_BYTES),
         )
+
+
+def cut_documents(pieces: Iterable[NDArray[np.uint16]], bos_id: int) -> Iterator[NDArray[np.uint16]]:
+    """The documents of a stream that comes in pieces and begins with BOS, each with its own BOS in front."""
+    begun: list[NDArray[np.uint16]] = []
+    for piece in itertools.chain(pieces, [np.array([bos_id], np.uint16)]):  # with which the last one ends
+        rest, *following = np.split(piece, np.flatnonzero(piece == bos_id))
+        begun.append(rest)
+        for first in following:
+            if len(document := np.concatenate(begun)):
+                yield document
+            begun = [first]
 
 
 def _entries(writer: ShardWriter) -> tuple[ShardEntry, ...]:

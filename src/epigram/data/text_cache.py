@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from epigram.data.build import VAL_FRACTION, VOCAB_SIZE, build
+from epigram.data.build import NORMALIZATION, VAL_FRACTION, VOCAB_SIZE, build
 from epigram.data.dataset import DataFolder
 from epigram.data.files import sha256_of, unwritable_explained
-from epigram.data.gather import Gathered, gather
+from epigram.data.gather import BY_HASH, Gathered, gather
 from epigram.data.manifest import MANIFEST, VERSION
 from epigram.data.sources import text
 from epigram.data.sources.base import READING
@@ -31,7 +31,7 @@ def build_cached(
     *,
     tokenizer_file: str | Path | None = None,
     vocab_size: int = VOCAB_SIZE,
-    normalization: str = "identity",
+    normalization: str = NORMALIZATION,
     val_fraction: float = VAL_FRACTION,
     transform: str = "",
     for_score: bool = False,
@@ -40,16 +40,19 @@ def build_cached(
 
     The name in the cache comes from a hash of the text and of all settings, so a changed text is built anew
     and an unchanged one is found again, wherever it lies. `path` is a file, a folder or "stdlib"; see `build`
-    for the rest. Text that is built `for_score` has a name of its own: which file is of which split is in the hash.
+    for the rest. A recipe has values for all settings: those that nothing reads, as this text names its splits or the
+    tokenizer is given, are passed over. Text that is built `for_score` has a name of its own: which file is of which
+    split is in the hash.
     """
+    gathered = gather([path], for_score=for_score)
+    trains, splits = tokenizer_file is None, any(file.split == BY_HASH for file in gathered.files)
     settings: dict[str, Any] = {
         "tokenizer_file": tokenizer_file,
-        "vocab_size": vocab_size,
-        "normalization": normalization,
-        "val_fraction": val_fraction,
+        "vocab_size": vocab_size if trains else None,
+        "normalization": normalization if trains else None,
+        "val_fraction": val_fraction if splits else None,
         "transform": transform,
     }
-    gathered = gather([path], for_score=for_score)
     folder = cache_dir / _name(path, gathered, settings)
     if (folder / MANIFEST).exists():  # also where nothing can be written any more
         return folder, ()
@@ -75,8 +78,7 @@ def num_known(scored: DataFolder, learned: DataFolder) -> int:
 def _name(path: Path, gathered: Gathered, settings: dict[str, Any]) -> str:
     """Name in the cache: that of the source, for people, and a hash of all that the result depends on."""
     if settings["tokenizer_file"] is not None:
-        trained = {"vocab_size": None, "normalization": None}
-        settings = settings | trained | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
+        settings = settings | {"tokenizer_file": sha256_of(Path(settings["tokenizer_file"]))}
     facts = [VERSION, READING, text.PIECE_BYTES, gathered.content_hash(), settings]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().name).lstrip(".") or "data"

@@ -21,8 +21,11 @@ from epigram.errors import DataError
 HAS_FIELDS = True
 _SUFFIXES = (".jsonl", ".ndjson")
 _PART_BYTES = 1 << 20  # of lines
-_ZSTD_INPUT_BYTES = 1 << 14  # a small piece at a time: highly repetitive text can grow ten-thousandfold
+# Of input at a time: four bytes can stand for a block of 128 KiB, so these give about 4 MiB at most.
+_ZSTD_INPUT_BYTES = 128
 _ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes; memory is taken only as a file asks for it
+# Of a number nothing is used but its type, and Python refuses to convert one of more than 4,300 digits.
+_DECODER = json.JSONDecoder(parse_int=len)
 
 
 def claims(path: Path) -> bool:
@@ -73,7 +76,7 @@ def documents(path: Path, field: str = "text") -> Iterator[str]:
 def _text(line: bytes, path: Path, number: int, field: str) -> str:
     where = f"line {number:,}"
     try:
-        record = json.loads(decode(line, path, where))
+        record = _DECODER.decode(decode(line, path, where))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, {where} is not JSON ({error.msg} at column {error.colno}): each line must be one JSON object"
@@ -123,7 +126,8 @@ def _gunzip(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 
 def _unzstd(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """Decompressed Zstandard frames; unlike the library's stream reader, it notices a truncated file."""
+    """Decompressed Zstandard frames; output comes in bounded pieces. Unlike the library's stream reader, it notices a
+    truncated file."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
@@ -133,7 +137,8 @@ def _unzstd(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
             for start in range(0, len(chunk), _ZSTD_INPUT_BYTES):
                 piece = chunk[start : start + _ZSTD_INPUT_BYTES]
                 while piece:
-                    yield frame.decompress(piece)
+                    if text := frame.decompress(piece):
+                        yield text
                     complete, piece = frame.eof, frame.unused_data if frame.eof else b""
                     if frame.eof:
                         frame = decompressor.decompressobj()
