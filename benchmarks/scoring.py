@@ -79,7 +79,11 @@ def main() -> None:
                 speed = row["tokens"] / row["score_s"]
                 figures = f"{row['tokens']:>12,} tokens {row['val_bpb']:.5f} bpb {row['score_s']:8.2f} s"
                 print(f"{name:45} {figures} {speed:>12,.0f}/s", flush=True)
-                found = {"run": str(asked.run), "machine": environment(**computing(context.device, context.world_size)), "rows": rows}
+                found = {
+                    "run": str(asked.run),
+                    "machine": environment(**computing(context.device, context.world_size)),
+                    "rows": rows,
+                }
                 asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -169,12 +169,18 @@ def test_a_machine_with_a_problem(shell: Shell, monkeypatch):
         (["score", "nowhere"], ["--data"]),
         (["score", "nowhere", "--data", "x", "--seq-len", "0"], ["--seq-len"]),
         (["score", "nowhere", "--data", "x", "--stride", "0"], ["--stride"]),
+        (["score", "nowhere", "--data", "x", "--method", "blocks", "--stride", "7"], ["--stride", "--method sliding"]),
+        (["score", "nowhere", "--data", "x", "--method", "sliding", "--overlap", "1"], ["--method streaming"]),
+        (["score", "nowhere", "--data", "x", "--adapt", "sgd", "--segment-tokens", "9"], ["--method streaming"]),
         (["score", "nowhere", "--data", "x", "--set", "score.adapt.sgd.lr=1"], ["say --adapt sgd or --adapt lora"]),
         (["score", "nowhere", "--data", "x", "--adapt", "sgd", "--set", "score.adapt.kind=lora"], ["--adapt sgd says"]),
         (["generate", "nowhere"], ["there is no model at nowhere"]),
         (["generate", "nowhere", "--tokens", "0"], ["--tokens"]),
         (["describe", "pr1212", "--gpus", "9"], ["use 1 to 8 processes"]),
         (["describe", "nonsense"], ["no recipe 'nonsense'"]),
+        (["describe", "smoke", "--set", "model.mlp_dim=99999999999999999999"], ["model.mlp_dim: 9", "is out of range"]),
+        (["describe", "smoke", "--set", "model.mlp_dim=9223372036854775807"], ["weights: at most 2^40"]),
+        (["train", "smoke", "--set", "budget.train_s=inf"], ["budget.train_s: inf is out of range"]),
         (["report", "nowhere"], ["there is no folder nowhere"]),
         (["data", "build", "nowhere", "--out", "d"], ["nowhere"]),
         (["data", "check", "nowhere"], ["nowhere"]),
@@ -191,6 +197,13 @@ def test_a_vocabulary_that_does_not_fit(shell: Shell, data_path: Path, tmp_path:
     found = shell("train", "demo", "--data", data_path, "--out", tmp_path / "run")
     wanted = load_recipe("demo").model.vocab_size
     assert_one_sentence(found, f"vocabulary of 512, the recipe {wanted}", "set model.vocab_size=512")
+
+
+def test_sampling_that_cannot_be(shell: Shell, finished: Path):
+    found = shell("generate", finished, "--seed", "99999999999999999999", "--temperature", "-1")
+    assert_one_sentence(found, "temperature = -1.0 must be", "seed = 99999999999999999999 must be below 2^63")
+    for settings in (["--temperature", "1e-40"], ["--top-p", "1e-50"]):
+        assert shell("generate", finished, "--tokens", "3", *settings).code == 0
 
 
 def test_a_folder_in_use(shell: Shell, data_path: Path, finished: Path):

@@ -22,7 +22,7 @@ from epigram.evaluation.lora import LoraAdapter
 from epigram.evaluation.windows import Method
 from epigram.run import adapt as module
 from epigram.run.adapt import Adaptation, OverTimeError, restored
-from epigram.run.adapt_probe import probe_adapted
+from epigram.run.adapt_probe import probe_adapted, probe_tokens
 from epigram.run.export import over_budget
 from epigram.run.record import scoring_s
 from epigram.run.score import score_model
@@ -289,6 +289,23 @@ def test_an_honest_adapter_passes(adaptation: Adaptation, data: DataFolder) -> N
     found = probe_adapted(adaptation, data, METHOD, batch_tokens=128)
     assert [finding.detail for finding in found if not finding.passed] == []
     assert len(found) == (4 if adaptation.config.kind == "sgd" else 5)
+
+
+@both
+@pytest.mark.parametrize("count", [64, 91, 130])
+def test_a_short_text_is_probed_by_shorter_chunks(adaptation: Adaptation, data: DataFolder, count: int) -> None:
+    lora = replace(adaptation.config.lora, chunk_tokens=48)
+    adaptation = replace(adaptation, config=replace(adaptation.config, lora=lora))
+    method = Method(name="sliding", seq_len=64, stride=16)
+    found = probe_tokens(adaptation, data.stream("val", count), method, 512, batch_tokens=256)
+    wrong = [finding.detail for finding in found if not finding.passed]
+    assert wrong == [] or adaptation.config.kind == "sgd"
+
+
+@both
+def test_a_text_that_is_too_short_to_probe_says_so(adaptation: Adaptation, data: DataFolder) -> None:
+    with pytest.raises(UserError, match="has 63 tokens.*at least 64"):
+        probe_tokens(adaptation, data.stream("val", 63), METHOD, 512, batch_tokens=256)
 
 
 class Knowing(Adaptation):

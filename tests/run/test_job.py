@@ -10,13 +10,15 @@ import tomllib
 from pathlib import Path
 
 import brotli
+import numpy as np
 import pytest
 import torch
 from run_helpers import result_of, rows_of, saved_tensors, train_run, write_text
 
 from epigram.artifact import container
 from epigram.config import load_recipe, parse_config, recipe_names
-from epigram.data.dataset import DataFolder
+from epigram.data.dataset import DataFolder, open_data
+from epigram.data.shards import write_shard
 from epigram.dist.context import Context
 from epigram.errors import DataError, UserError
 from epigram.evaluation.scorer import score
@@ -298,6 +300,30 @@ def test_what_a_run_will_write():
         needed_bytes(load_recipe("smoke", ["run.checkpoint_every_s=3", "run.checkpoint_keep=0"]), 1000) == rest + 11000
     )
     assert needed_bytes(load_recipe("smoke"), 1000) == rest + 1000
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [(0, "holds out 0 tokens"), (1, "holds out 1 tokens"), (None, "but the manifest says")]
+)
+def test_validation_text_that_cannot_be_scored_is_found_before_training(
+    data_path: Path, tmp_path: Path, monkeypatch, kept: int | None, message: str
+):
+    """An empty split, one token, and one token changed for another of other bytes."""
+    folder = tmp_path / "data"
+    shutil.copytree(data_path, folder)
+    data = open_data(folder)
+    (shard,), tokens = data.split("val"), data.stream("val")
+    if kept is None:
+        sizes = data.tokenizer.byte_tables().token_bytes
+        tokens[5] = int(np.argmax(sizes != sizes[tokens[5]]))
+    write_shard(shard.path, tokens[:kept], "val")
+    if kept is not None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["splits"]["val"]["shards"][0]["tokens"] = kept
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("trained"))
+    with pytest.raises((UserError, DataError), match=message):
+        train_run(folder, tmp_path / "run")
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(data_path: Path, tmp_path: Path, monkeypatch):

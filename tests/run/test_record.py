@@ -1,5 +1,7 @@
 """A run folder can be read whenever and however its run ended."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -181,6 +183,7 @@ def fill_the_disk(folder):
         run._log.close()
         run._log = open("/dev/full", "w")  # noqa: SIM115
         run.log("a line")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -193,7 +196,59 @@ def test_a_full_disk_is_recorded(tmp_path, capsys):
     assert result["status"] == "failed"
     assert "No space left" in result["reason"]
     assert not (folder / ".reserve").exists()
-    assert "not all on disk" in capsys.readouterr().err
+    assert "warning: log.txt cannot be written ([Errno 28]" in capsys.readouterr().err
+
+
+class Lost(io.StringIO):
+    """Where nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+class Full:
+    def write(self, row) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self, result) -> None:
+        pass
+
+
+def test_what_cannot_be_told_costs_no_training(tmp_path, capsys, monkeypatch):
+    """Neither a reader that went away nor a full disk; each is told once."""
+    folder = tmp_path / "run"
+    with RunRecord(folder, CONFIG) as run:
+        monkeypatch.setattr(sys, "stdout", Lost())
+        run._writers.append(Full())
+        for step in (1, 2):
+            run.step(step=step, elapsed_s=0.1 * step, train_loss=4.0)
+        run.update(steps=2)
+    monkeypatch.undo()
+    assert (result_of(folder)["status"], result_of(folder)["steps"]) == ("finished", 2)
+    assert [row["step"] for row in lines_of(folder / "metrics.jsonl")] == [1, 2]
+    assert len((folder / "log.txt").read_text().splitlines()) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" cannot")[0] for line in told] == ["warning: the output", "warning: metrics"]
+
+
+def test_a_pipe_whose_reader_has_ended(tmp_path):
+    """As by `| head -1`: the run finishes, in peace, to the end of its process."""
+    code = (
+        "import sys, time; from pathlib import Path; from epigram.run.record import RunRecord\n"
+        "with RunRecord(Path(sys.argv[1]), {}) as run:\n"
+        "    for step in range(200):\n"
+        "        run.log('x' * 1000)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(), result_of(tmp_path / "run")["status"]) == (0, "finished")
+    assert said.count("\n") == 1 and "the output cannot be written" in said
+    assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 200
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):

@@ -1,12 +1,13 @@
 """What a score says of the validation text it was made on, and of text that is scored whole."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from run_helpers import write_text
+from run_helpers import short, write_text
 
 import epigram
 from epigram.config import load_recipe
@@ -19,11 +20,13 @@ from epigram.data.shards import write_shard
 from epigram.data.tokenizer_training import train_tokenizer
 from epigram.dist.context import Context
 from epigram.errors import DataError, UserError
-from epigram.evaluation.windows import Method, StreamingConfig
+from epigram.evaluation.windows import Method
 from epigram.model.gpt import GPT
 from epigram.run import choices, score, setup
 from epigram.run.score import score_model, score_split
 from epigram.run.setup import Losses
+from epigram.run.submission import entry
+from epigram.run.weights import load_model
 
 METHOD = Method(name="blocks", seq_len=16, stride=16)
 
@@ -118,19 +121,27 @@ def test_mistakes_come_out_before_the_work(finished: Path, data_path: Path, monk
             score_model(finished, str(data_path), methods=methods, stride=stride, device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("methods", "settings", "message"),
-    [
-        (["blocks"], {"stride": 7}, r"method sliding \(stride\)"),
-        (["streaming"], {"stride": 7}, r"method sliding \(stride\)"),
-        (["blocks", "sliding"], {"streaming": StreamingConfig(overlap=1)}, "method streaming"),
-    ],
-)
-def test_settings_that_nothing_reads_are_refused(
-    finished: Path, data_path: Path, methods: list[str], settings: dict, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        score_model(finished, str(data_path), methods=methods, device="cpu", **settings)
+def test_a_script_scores_as_its_recipe_says(finished: Path, data_path: Path, monkeypatch) -> None:
+    """Also a recipe without all methods, whose settings for the others nobody reads; and in its own precision."""
+    config = short('score.methods=["blocks", "sliding"]', "run.precision=bfloat16")
+    monkeypatch.setattr(entry, "the_recipe", lambda overrides: config)
+    seen, real = [], score.load_model
+    monkeypatch.setattr(score, "load_model", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    found = entry.score_artifact(finished / "model.epigram", str(data_path), "cpu", ())
+    assert list(found["scores"]) == ["blocks", "sliding"]
+    assert seen[0].gpt.compute_dtype == torch.bfloat16
+
+
+def test_a_run_is_scored_in_its_own_precision(finished: Path, tmp_path: Path) -> None:
+    """From its folder and from its checkpoints; a file alone does not know it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('precision = "auto"', 'precision = "bfloat16"'))
+    places = {run: "bfloat16", run / "model.epigram": "float32", next((run / "checkpoints").iterdir()): "bfloat16"}
+    for path, precision in places.items():
+        assert load_model(path, "cpu").gpt.compute_dtype == getattr(torch, precision)
+    assert load_model(run, "cpu", precision="float32").gpt.compute_dtype == torch.float32
 
 
 def test_a_method_named_twice_is_scored_once(finished: Path, data_path: Path, monkeypatch) -> None:

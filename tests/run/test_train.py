@@ -78,12 +78,13 @@ def test_a_step_is_what_one_would_write_by_hand(data: DataFolder, clip: str, par
             average[name] = 0.9 * average[name] + 0.1 * parameter.detach()
         assert loss == pytest.approx(np.mean(losses), rel=1e-5)
         assert norm == pytest.approx(np.mean(norms), rel=1e-4)
+    atol = ROUNDING * (4 if parts > 1 else 1)  # parts sum in another order, and Adam divides by the size of a gradient
     for name, parameter in session.model.named_parameters():
-        torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=ROUNDING)
+        torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=atol)
         off = (parameter - named[name]).abs() > 2e-5 + 1e-4 * named[name].abs()  # by a gradient near zero: rare
         assert parts > 1 or float(off.float().mean()) < 1e-3, name
     for name, mean in average.items():
-        torch.testing.assert_close(session.average.state_dict()[f"average.{name}"], mean, rtol=1e-4, atol=ROUNDING)
+        torch.testing.assert_close(session.average.state_dict()[f"average.{name}"], mean, rtol=1e-4, atol=atol)
     for used in (session.loader, twin.loader, windows):
         used.close()
 
@@ -182,6 +183,23 @@ def fake_steps(monkeypatch, step_s: float, measured: tuple[float, float] = (5.0,
     monkeypatch.setattr(budget, "time", Time)
     monkeypatch.setattr(train, "train_step", step)
     return now
+
+
+def test_after_a_stall_checkpoints_keep_their_distance(data: DataFolder, record: RunRecord, monkeypatch):
+    """Not one a step until the dates that were missed are made up for."""
+    session = make_session(data, *WALL, "run.checkpoint_every_s=2")
+    now, saved = fake_steps(monkeypatch, step_s=1.0), []
+    real = train.train_step
+
+    def stalled(session: Session, plan: train.StepPlan) -> Tensor:
+        now[0] += 4 if session.step == 1 else 0
+        return real(session, plan)
+
+    monkeypatch.setattr(train, "train_step", stalled)
+    monkeypatch.setattr(train, "save_checkpoint", lambda session, record: saved.append(session.trained_s))
+    train.train(session, record, dict)
+    assert saved == [7.0, 9.0], "due at 2, seen at 6, then due at 8: each after the step that begins then"
+    session.loader.close()
 
 
 WALL = ("budget.clock=wall", "budget.steps=0", "budget.train_s=12", "budget.calibrate_s=2")

@@ -57,19 +57,25 @@ def command(
 ) -> None:
     """Score MODEL (a packed file, a run folder or a checkpoint) on a split of the data folder --data, or on a text."""
     from epigram.config import parse_adapt
+    from epigram.errors import UserError
     from epigram.evaluation.windows import StreamingConfig
     from epigram.run.score import score_model
 
     settings, limit_s = parse_adapt(adapt or "none", overrides)
     told: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
-    given = {name: value for name, value in told.items() if value is not None}
+    streaming = {name: value for name, value in told.items() if value is not None}
+    asked = {*methods, "sliding"} if adapt else set(methods)  # none: all methods
+    for words, given, reader in (("--stride", stride, "sliding"), (f"--{', --'.join(told)}", streaming, "streaming")):
+        if given and asked and reader not in asked:
+            words = words.replace("_", "-")
+            raise UserError(f"{words}: only method {reader} reads that; add --method {reader}, or leave it out")
     result = score_model(
         model,
         data_path,
         methods=methods,
         seq_len=seq_len,
         stride=stride,
-        streaming=StreamingConfig(**given) if given else None,
+        streaming=StreamingConfig(**streaming),
         split=split,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,

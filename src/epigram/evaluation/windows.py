@@ -85,12 +85,16 @@ class Method:
     def is_streaming(self) -> bool:
         return self.name == "streaming"
 
+    @property
+    def span(self) -> int:
+        """Tokens of a window, or of a stream's segment."""
+        return self.streaming.segment_tokens if self.is_streaming else self.seq_len
+
     def plan(self, num_targets: int) -> "WindowPlan":
         """Who scores what: windows, or the segments of a stream."""
         if not self.is_streaming:
             return plan_windows(num_targets, self.seq_len, self.stride)
-        segment = self.streaming.segment_tokens
-        return plan_windows(num_targets, segment, segment - self.streaming.overlap * self.seq_len)
+        return plan_windows(num_targets, self.span, self.span - self.streaming.overlap * self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from epigram.data.dataset import DataFolder
+from epigram.errors import UserError
 from epigram.evaluation.adapt_probes import change_each, documents_apart, learns, score_first
 from epigram.evaluation.documents import find_documents
 from epigram.evaluation.probes import Finding, own_token
@@ -17,6 +18,7 @@ from epigram.run.adapt import Adaptation
 from epigram.run.probe import told_apart
 
 _CHUNKS = 4  # that the text has
+_LEAST = 64  # tokens: a document of a fifth of them still has several chunks
 _SHARES = (0.0, 0.4, 0.6, 0.75, 0.9)  # of the text, where documents begin: in batches of two, three batches
 
 
@@ -32,8 +34,10 @@ def probe_tokens(
     adaptation: Adaptation, text: NDArray[np.uint16], method: Method, vocab_size: int, *, batch_tokens: int
 ) -> list[Finding]:
     """The same on the beginning of `text`; every process for itself."""
+    if len(text) < _LEAST:
+        raise UserError(f"the text has {len(text)} tokens: to probe a score that learns it takes at least {_LEAST}")
     kind, bos = adaptation.config.kind, adaptation.bos_id
-    small, chunk = _small(adaptation, method)
+    small, chunk = _small(adaptation, method, len(text))
     tokens = text[: _CHUNKS * max(chunk, method.seq_len) + chunk // 3 + 1].copy()
     if kind == "lora":
         tokens[tokens == bos] = (bos + 1) % vocab_size
@@ -67,15 +71,16 @@ def probe_tokens(
     return [*found, Finding("weights restored", kept, words)]
 
 
-def _small(adaptation: Adaptation, method: Method) -> tuple[Adaptation, int]:
-    """The same with short chunks and few documents side by side, and the tokens of a chunk."""
+def _small(adaptation: Adaptation, method: Method, num_tokens: int) -> tuple[Adaptation, int]:
+    """The same with short chunks and few documents side by side, and the tokens of a chunk: several for the second of
+    the documents that the text is cut into, however short it is."""
     config = adaptation.config
     if config.kind == "sgd":
         chunk = min(config.sgd.chunk_tokens, 2 * method.seq_len)
         config = replace(config, sgd=replace(config.sgd, chunk_tokens=chunk))
     else:
-        chunk = config.lora.chunk_tokens
-        config = replace(config, lora=replace(config.lora, num_documents=2))
+        chunk = min(config.lora.chunk_tokens, num_tokens // 8)
+        config = replace(config, lora=replace(config.lora, num_documents=2, chunk_tokens=chunk))
     return replace(adaptation, config=config), chunk
 
 

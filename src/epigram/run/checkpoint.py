@@ -234,7 +234,7 @@ def _write_beside(
 
     if is_main:
         for leftover in (run / FOLDER).glob(".writing-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # the others wait in a message by now
     # Each process makes the folder if it is not there, and writes when all have planned: the first one, which may
     # remove another's, has made its own by then. The writer has one thread: what goes wrong in further ones,
     # torch drops in silence.

@@ -14,6 +14,7 @@ from epigram.data.files import sha256_of
 from epigram.dist import collectives
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
+from epigram.evaluation.bpb import check_bytes
 from epigram.model.gpt import GPT
 from epigram.optim.base import restore
 from epigram.run import checkpoint
@@ -253,6 +254,7 @@ def _begin(session: Session, record: RunRecord) -> None:
     with collectives.together(session.context):
         if record.writes:
             check_room(record.folder, config, state_of(session))
+            _check_held_out(data)
     record.result.clear()  # a run that is resumed has other results than it had
     context = session.context
     record.environment(environment(session.paths, **computing(context.device, context.world_size)))
@@ -274,6 +276,14 @@ def _begin(session: Session, record: RunRecord) -> None:
     )
     if data.transform:  # whoever loads a checkpoint must know it
         record.update(transform=data.transform)
+
+
+def _check_held_out(data: DataFolder) -> None:
+    """Raises UserError or DataError for what no score could be made of: told now, not after the training."""
+    tokens = data.stream("val")
+    if len(tokens) < 2:
+        raise UserError(f"{data.path} holds out {len(tokens)} tokens, and a score needs two: build it with more text")
+    check_bytes(tokens, data.tokenizer.byte_tables(), data.split_bytes("val"), data.byte_counts("val"))
 
 
 def _holdings(data: DataFolder) -> str:

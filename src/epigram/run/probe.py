@@ -128,7 +128,7 @@ def probe(
         device=context.device,
         batch_tokens=batch_tokens,
     )
-    length = method.plan(1 << 30).length  # of a window, or a segment
+    length = method.span
     tokens = data.stream(split, 3 * length + length // 3 + 2)
     places = _places(method, len(tokens))
     some = [tokens[: min(count, len(tokens) - 1)] for count in _CONTEXTS]
@@ -181,8 +181,7 @@ def check(findings: dict[str, list[Finding]]) -> None:
 def _places(method: Method, num_tokens: int) -> list[int]:
     """Tokens to change: near both ends, in the midst, and on both sides of a seam between windows, or between chunks
     and between segments."""
-    plan = method.plan(1 << 30)
-    seams = [plan.length] if not method.is_streaming else [method.streaming.chunk_tokens, plan.length]
+    seams = [method.span] if not method.is_streaming else [method.streaming.chunk_tokens, method.span]
     near = {seam + side for seam in seams for side in (-1, 0, 1)}
     spread = np.linspace(2, num_tokens - 1, _CHANGED).astype(int).tolist()
     return sorted(place for place in near.union(spread) if 1 <= place < num_tokens)

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +79,7 @@ class RunRecord:
         self.result: dict[str, Any] = {}
         self._budget: Mapping[str, Any] = config.get("budget", {})
         self._writers: list[MetricsWriter] = []
+        self._lost: set[str] = set()
         self._start_s = time.monotonic()
         if not self.writes:
             return
@@ -124,9 +126,8 @@ class RunRecord:
     def log(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.writes:
-            print(line, flush=True)
-            self._log.write(line + "\n")
-            self._log.flush()
+            self._try("the output", partial(print, line, flush=True))
+            self._try(LOG, partial(print, line, file=self._log, flush=True))
 
     def step(self, *, step: int, elapsed_s: float, train_loss: float, **values: Any) -> None:
         """A logged training step: the stable line and a row of metrics.
@@ -147,7 +148,7 @@ class RunRecord:
         """A row of metrics for every writer. Numbers that are not finite are stored as null."""
         row = _plain(row)
         for writer in self._writers:
-            writer.write(row)
+            self._try("metrics", partial(writer.write, row))
 
     def score(self, model: str, method: str, row: Mapping[str, Any]) -> None:
         """A final score: its stable line, and its row under result["scores"][model][method].
@@ -181,6 +182,19 @@ class RunRecord:
         self._store("running")
         self._log = (self.folder / LOG).open("a", encoding="utf-8")
 
+    def _try(self, what: str, write: Callable[[], Any]) -> None:
+        """A full disk or a reader that went away is told, once each, and costs no training."""
+        try:
+            write()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # whatever else is printed, at the very end too, goes nowhere
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if what not in self._lost:
+                self._lost.add(what)
+                with suppress(OSError):
+                    print(f"warning: {what} cannot be written ({error}): the run goes on without", file=sys.stderr)
+
     def _status(self, status: str, reason: str) -> dict[str, Any]:
         """The result with what only the record knows about it."""
         wall_s = round(time.monotonic() - self._start_s, 3)
@@ -200,7 +214,7 @@ class RunRecord:
             lambda: self._store(status, reason),
             lambda: self.log(f"run {status}: {reason}") if reason else None,
             *(partial(writer.close, result) for writer in self._writers),
-            self._log.close,
+            partial(self._try, LOG, self._log.close),
         ]
         problems = []
         for part in parts:

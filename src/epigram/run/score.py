@@ -107,26 +107,25 @@ def score_model(
     with_probes: bool = False,
     adapt: AdaptConfig | None = None,
     limit_s: float = math.inf,
+    precision: str = "",
 ) -> dict[str, Any]:
     """Score the model at `path` on a split of the data, print the stable lines, and return the rows by method.
 
     Data that is text is transformed and tokenized as the model's own was, and all of it is scored. max_tokens: only the
     beginning of the split, 0 for all of it. with_probes: put the probes to each method first; ProbeError when one
     fails. adapt: besides, a score while the model learns, beside that of method sliding. limit_s: of all scores, for
-    one that adapts. Under torchrun the processes share the work; the result is then empty in all but the first.
+    one that adapts. precision: see `load_model`. Under torchrun the processes share the work; the result is then empty
+    in all but the first.
     """
     adapt = adapt or AdaptConfig()
     adapts = adapt.kind != "none"
     methods = tuple(methods) or (("sliding",) if adapts else METHODS)
     if adapts and "sliding" not in methods:
         methods = (*methods, "sliding")
-    for name, read_by, given in (("stride", "sliding", stride), ("streaming", "streaming", streaming)):
-        if given is not None and read_by not in methods:
-            raise UserError(f"settings of method {read_by} ({name}) need that method: --method {read_by}")
     with open_context(device) as context:
         if split != "val" and not is_built(Path(data_path)):
             raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
-        model, data = open_both(path, data_path, context)
+        model, data = open_both(path, data_path, context, precision)
         seq_len = seq_len or model.context_len
         planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
         if seq_len > model.context_len and context.is_main:
@@ -234,9 +233,9 @@ def _print_score(name: str, row: dict[str, Any], context: Context) -> None:
             print(f"{name}: {gain:+.6f} bits per byte better than unadapted, {row['unadapted_bpb']:.6f}", flush=True)
 
 
-def open_both(path: Path, data_path: str, context: Context) -> tuple[Model, DataFolder]:
+def open_both(path: Path, data_path: str, context: Context, precision: str = "") -> tuple[Model, DataFolder]:
     """Model and data that belong together, text as a folder whose val is all of it; UserError where they do not."""
-    load = partial(load_model, path, str(context.device), shown=context.is_main)
+    load = partial(load_model, path, str(context.device), shown=context.is_main, precision=precision)
     if not is_built(Path(data_path)):
         model = load()
         with tempfile.TemporaryDirectory() as folder:

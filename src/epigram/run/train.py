@@ -130,7 +130,7 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
             if next_checkpoint_s is None:
                 next_checkpoint_s = decision.elapsed_s + run.checkpoint_every_s
             elif run.checkpoint_every_s and decision.elapsed_s >= next_checkpoint_s:
-                next_checkpoint_s += run.checkpoint_every_s
+                next_checkpoint_s = decision.elapsed_s + run.checkpoint_every_s
                 checkpoint_now()
             if session.saver.failed:
                 _settle(session, record)

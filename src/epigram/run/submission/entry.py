@@ -97,6 +97,7 @@ def score_artifact(model: Path, data: str | None, device: str, overrides: Sequen
         device=device,
         adapt=config.score.adapt,
         limit_s=config.budget.score_s,
+        precision=config.run.precision,
     )
     if found:
         print(json.dumps(found["scores"]), flush=True)
