@@ -48,7 +48,10 @@ def find_documents(tokens: NDArray[np.integer], bos_id: int) -> NDArray[np.int64
 def document_batches(
     documents: NDArray[np.int64], config: LoraConfig, seq_len: int, batch_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """`documents` in batches, the longest first, of at most `batch_tokens` in a forward."""
+    """`documents` in batches, the longest first: as many as a forward of `batch_tokens` holds, and at least one.
+
+    Fillers do not count: a forward reads whole chunks, of each document up to chunk_tokens - 1 tokens more.
+    """
     lengths = documents[:, 1] - documents[:, 0]
     ordered = documents[np.argsort(-lengths, kind="stable")]
     found, first = [], 0

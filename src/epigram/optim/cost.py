@@ -42,10 +42,9 @@ def average_bytes(num_weights: int) -> float:
 def clip_bytes(num_weights: int, num_lanes: int, clip: str) -> float:
     """Norms, clipping and averaging of the gradients of `num_lanes` lanes; `clip` as in `GradientConfig`.
 
-    A norm has to be known before anything is scaled by it, so the gradient is read twice where it is clipped.
+    Every lane's norm is told, and so is that of the average, which is another where several lanes are averaged and not
+    clipped one by one. Lanes are multiplied while they are added, and the average by what updates the weights.
     """
-    norm, scale, add = 1, 2, 3  # tensors moved: g in; g in and out; g and the sum in, the sum out
-    first = scale if clip == "lane" or num_lanes > 1 else 0
-    sums = first + add * (num_lanes - 1)
-    norms = norm * (num_lanes if clip == "lane" else 1)
-    return float(num_weights * _FLOAT32 * (sums + norms + (scale if clip == "global" else 0)))
+    norm, add = 1, 3  # tensors moved: g in; g and the sum in, the sum out
+    norms = num_lanes + (1 if clip != "lane" and num_lanes > 1 else 0)
+    return float(num_weights * _FLOAT32 * (norm * norms + add * (num_lanes - 1)))

@@ -6,9 +6,10 @@ import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from record_helpers import CAP
 from run_helpers import losses_of, python_alone, result_of, short
@@ -20,6 +21,7 @@ from epigram.run.submission.bundle import (
     FORMS,
     _latin,
     _raw,
+    foreign_statement,
     packed_bytes,
     reachable,
     read_script,
@@ -46,6 +48,23 @@ def test_it_holds_the_modules_of_the_package_and_the_recipe():
             assert ast.dump(ast.parse(packed[name])) == ast.dump(ast.parse(stripped(text))), name
     recipe = tomllib.loads(readable["epigram/recipes/smoke.toml"])
     assert parse_config(recipe) == config
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(summary=st.text())
+@example(summary='""" inside')
+@example(summary='ends with ""')
+@example(summary="weights \\u of")
+@example(summary="C:\\new\\x")
+@example(summary="ends with \\")
+@example(summary="a → b, ü and 🙂")
+@settings(deadline=None)
+def test_any_summary_stands_in_the_script_as_it_is(form: str, summary: str):
+    with patch("epigram.run.submission.bundle.shipped_sources", return_value={}):
+        script = single_file(replace(load_recipe("smoke"), summary=summary), form)
+    tree = ast.parse(script)
+    assert (ast.get_docstring(tree, clean=False) or "").startswith(f"smoke: {summary}.\n")
+    assert foreign_statement(script.decode("latin-1" if form == "packed" else "utf-8")) is None
 
 
 def test_it_leaves_out_what_training_and_scoring_do_not_need():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from epigram.run.setup import Losses
 from epigram.run.submission import conditions
 from epigram.run.submission.check import check
 from epigram.run.submission.findings import RULES
+from epigram.run.submission.logs import parse_log
 from epigram.run.submission.rules import code as code_rules
 from epigram.run.submission.rules.limits import Limits
 from epigram.run.weights import load_model
@@ -30,6 +32,14 @@ def remove(folder: Path, name: str) -> None:
 def logged_bpb(folder: Path) -> str:
     row = json.loads((folder / "submission.json").read_text())["seed_results"]["1"]
     return f"{row['val_bpb']:.8f}"
+
+
+def set_nats(folder: Path, seed: int, loss: str) -> None:
+    """Of the score that counts."""
+    log = folder / f"train_seed{seed}.log"
+    text, count = re.subn(r"(final_quantized_sliding_exact val_loss:)\S+", rf"\g<1>{loss}", log.read_text())
+    assert count
+    log.write_text(text)
 
 
 def changed_row(folder: Path) -> None:
@@ -144,6 +154,44 @@ def test_a_record_to_beat(good: Path, record: Path):
     assert "by welch" in found(good, against=str(record))["significance.record"]
     with pytest.raises(UserError, match="there is no record folder"):
         check(good, against="nowhere")
+
+
+@pytest.mark.parametrize("loss", ["null", '"n/a"', "true", "1e999", "1e308", "0", "-2.0", "1e-200", "1" + 400 * "0"])
+def test_a_record_to_beat_whose_figures_no_score_can_be(good: Path, record: Path, loss: str):
+    """A second seed, which would be tested against alone or with it, is as it should be."""
+    for path in record.glob("*.log"):
+        path.unlink()
+    set_json(record, seed_results={"1": {"val_loss": "HERE"}, "2": {"val_loss": 5.0}})
+    change(record / "submission.json", '"HERE"', loss)
+    with pytest.raises(UserError, match="as the val_loss of seed 1, which cannot be: give the record's mean"):
+        check(good, limits=LIMITS, against=str(record))
+
+
+@pytest.mark.parametrize("loss", ["1e999", "1e308", "-5.0"])
+def test_a_record_to_beat_whose_logs_say_what_no_score_can_be(good: Path, record: Path, loss: str):
+    set_nats(record, 2, loss)
+    with pytest.raises(
+        UserError, match=r"train_seed2.log has val_loss \S+ and val_bpb \S+ in the end, which cannot be"
+    ):
+        check(good, limits=LIMITS, against=str(record))
+
+
+@pytest.mark.parametrize("loss", ["1e999", "1e308", "-5.0", "1e-200"])
+def test_our_own_figures_that_no_score_can_be(good: Path, record: Path, loss: str):
+    """They are told of, and the test is made of the other seeds."""
+    set_nats(record, 2, loss)
+    for against in ("1.0", str(good)):
+        findings = found(record, against=against)
+        assert f"val_loss:{loss}" in findings["log.figure"]
+        assert "train_seed2.log has no final score" in findings["log.score"]
+        assert findings["significance.seeds"] == "2 seed(s) have a score"
+        assert "p = " in findings["significance.record"]
+
+
+def test_an_unadapted_score_that_cannot_be(good: Path):
+    text = (good / "train_seed1.log").read_text()
+    assert parse_log(text, "train.log").unadapted is not None
+    assert parse_log(re.sub(r"(quantized_sliding_exact val_loss:)\S+", r"\g<1>1e999", text), "x.log").unadapted is None
 
 
 # -- conditions --------------------------------------------------------------------------------------------------------

@@ -206,6 +206,25 @@ def test_a_log_by_another_name(record: Path):
     assert "run_seed3.log is neither" in findings["size.extra"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["train_seed4.log", "model_seed4.epigram", "helper.py", "run.sh", "plot.png", "README.md", "train_gpt.py",
+     "submission.json", "requirements.txt", "train_seed1.log", "model_seed1.epigram"],
+)  # fmt: skip
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere(record: Path, name: str, target: str):
+    path = record / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(path if target == "itself" else record / "nowhere")
+    assert found(record)["files.link"] == f"{name} is a link"
+
+
+@pytest.mark.parametrize("name", ["train_seed4.log", "model_seed4.epigram", "helper.py"])
+def test_a_folder_by_the_name_of_a_file(record: Path, name: str):
+    (record / name).mkdir()
+    assert found(record) == {}
+
+
 def test_a_link(record: Path, tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (record / "data").symlink_to(tmp_path / "elsewhere")

@@ -1,12 +1,15 @@
 """`epigram check --execute`: what a script does that it must not do, when it is run."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from check_helpers import LIMITS, another_script, change, count_script, found
 
-from epigram.run.submission import guard
+from epigram.config import load_recipe, recipe_names, to_tree
+from epigram.run.job import run_job
+from epigram.run.submission import execute, guard
 from epigram.run.submission.check import check
 
 ENTRY = "    main(__file__)\n"
@@ -81,6 +84,61 @@ def test_a_script_of_ours_that_reads_at_scoring_what_it_must_not(record: Path, d
     findings = of_running(record)
     assert set(findings) == {"run.data", "run.process"}
     assert str(shard.resolve()) in findings["run.data"] and "train_seed1.log" in findings["run.data"]
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_a_script_started_ends_with_it(record: Path, tmp_path: Path, monkeypatch, goes_on: bool):
+    """Whether its time is over or it ended by itself."""
+    monkeypatch.setattr(execute, "LIMIT_S", 5 if goes_on else execute.LIMIT_S)
+    sign = tmp_path / "sign"
+    another_script(
+        record,
+        f"""import os, time
+if os.fork() == 0:
+    os.close(1)
+    os.close(2)
+    for _ in range(600):
+        open({str(sign)!r}, "a").write("alive")
+        time.sleep(0.05)
+    os._exit(0)
+while not os.path.exists({str(sign)!r}) or {goes_on}:
+    time.sleep(0.05)
+""",
+    )
+    said = of_running(record).get("run.import", "")
+    assert said.endswith("it had not ended after 5 s") if goes_on else said == ""
+    before = sign.stat().st_size
+    time.sleep(0.5)
+    assert sign.stat().st_size == before > 0
+
+
+# -- the tiny setting --------------------------------------------------------------------------------------------------
+
+FOR_GPUS = ("run.attention=flash4", "run.kernels=fused", "run.cuda_graphs=on")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_tiny_setting(name: str):
+    adapted = ("score.methods=['sliding']", "score.adapt.kind=lora", "score.adapt.lora.chunk_tokens=128")
+    made = [*FOR_GPUS, *adapted]
+    tiny = load_recipe(name, [*made, *execute._tiny(to_tree(load_recipe(name, made)))])
+    assert tiny.budget.steps == 2
+    assert (tiny.run.attention, tiny.run.kernels, tiny.run.cuda_graphs) == ("auto", "auto", "auto")
+
+
+@pytest.mark.parametrize("adapted", [("lora", 128), ("sgd", 32_768)])
+def test_a_recipe_made_for_gpus_runs_in_the_tiny_setting(data_path: Path, tmp_path: Path, adapted: tuple[str, int]):
+    """It names what only they have, and learns from chunks that are longer than the window, or all of the text."""
+    kind, chunk = adapted
+    recipe = [*FOR_GPUS, f"score.adapt.kind={kind}", f"score.adapt.{kind}.chunk_tokens={chunk}"]
+    tree = to_tree(load_recipe("smoke", recipe))
+    proto = (data_path / "tokenizer.model").read_bytes()
+    data = execute._made_up(tmp_path / "data", proto, tree["model"]["vocab_size"])
+    overrides = [*recipe, *execute._tiny(tree)]
+    result = run_job("smoke", data_path=str(data), out=tmp_path / "run", overrides=overrides, device="cpu")
+    assert f"adapted_{kind}" in result["scores"]["quantized"]
+    score = load_recipe("smoke", overrides).score
+    assert score.adapt.nothing_learned(execute._TOKENS["val"] - 1) is None
 
 
 @pytest.mark.skipif(not guard.can_confine(), reason="this system has no Landlock")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from record_helpers import ABOUT, CAP, SEEDS
-from run_helpers import result_of
+from run_helpers import result_of, train_run
 
 from epigram.errors import UserError
 from epigram.run.submission.folder import About, submit
@@ -56,6 +56,20 @@ def test_a_record_to_beat(runs: list[Path], tmp_path: Path):
     assert "Beats the record of 9.0 nats" in (tmp_path / "r" / "README.md").read_text()
     assert not list((tmp_path / "r").glob("*.epigram"))
     assert found["bytes_code"] > 500_000, "every byte of the readable form counts"
+
+
+def test_a_run_that_tells_of_no_step(data_path: Path, tmp_path: Path):
+    """The number of steps is in the log's last lines."""
+    run, out = tmp_path / "run", tmp_path / "record"
+    settings = ("seed=1", f"artifact.cap_bytes={CAP}", "run.sample_tokens=0", "run.log_every=0")
+    train_run(data_path, run, *settings)
+    assert "\nstep:" not in (run / "log.txt").read_text()
+    assert submit([run], out, ABOUT)["seed_results"]["1"]["steps"] == 8
+    assert "| 8 |" in (out / "README.md").read_text()
+    log = run / "log.txt"
+    log.write_text(log.read_text().replace("final_times steps:8", "final_times"))
+    with pytest.raises(UserError, match="does not say how many steps it took"):
+        submit([run], tmp_path / "other", ABOUT)
 
 
 def test_what_is_refused(runs: list[Path], tmp_path: Path):
@@ -137,6 +151,17 @@ def test_a_log_of_another_script():
     assert (facts.val_nats, facts.val_bpb, facts.is_ours) == (2.06001234, 1.22012345, False)
     empty = parse_log("nothing", "train.log")
     assert (empty.val_bpb, empty.spent_s, empty.seed, empty.steps) == (None, None, None, None)
+
+
+def test_the_number_of_steps():
+    """That of the last lines, before whatever step was told of last; that, where they do not say it."""
+    told = "step:5/8 train_loss:5.1 train_time:1200ms step_avg:60.0ms\n"
+    said = "final_times steps:8 train_s:1.0\n"
+    assert parse_log(told + said, "train.log").steps == 8
+    assert parse_log(said, "train.log").steps == 8
+    assert parse_log(told + "final_times train_s:1.0\n", "train.log").steps == 5
+    assert parse_log(told + "final_times steps:0\n", "train.log").steps == 0
+    assert parse_log("final_times train_s:1.0\n", "train.log").steps is None
 
 
 # -- requirements ------------------------------------------------------------------------------------------------------

@@ -43,11 +43,14 @@ def single_file(config: Config, form: str) -> bytes:
     if form not in FORMS:
         raise UserError(f"form = {form!r} must be one of {', '.join(FORMS)}")
     files = {**shipped_sources(), f"epigram/recipes/{config.recipe}.toml": tomli_w.dumps(to_tree(config))}
-    head = _template().replace("@RECIPE@", config.recipe).replace("@SUMMARY@", config.summary)
+    head = _template().replace("@RECIPE@", _escaped(config.recipe)).replace("@SUMMARY@", _escaped(config.summary))
     if form == "readable":
-        return head.replace("@FILES@\n", _readable(files)).encode("utf-8")
-    script = f"# coding: {_CODING}\n{head}".replace("@FILES@\n", _packed(files))
-    return script.encode(_CODING, "backslashreplace")  # the recipe's summary may have any letters
+        script = head.replace("@FILES@\n", _readable(files)).encode("utf-8")
+    else:
+        text = f"# coding: {_CODING}\n{head}".replace("@FILES@\n", _packed(files))
+        script = text.encode(_CODING, "backslashreplace")  # the recipe's summary may have any letters
+    ast.parse(script)  # 15 ms: one that does not start must not come out
+    return script
 
 
 def _template() -> str:
@@ -153,8 +156,13 @@ def _packed(files: Mapping[str, str]) -> str:
 
 
 def _latin(data: bytes) -> str:
-    """A literal whose characters are the bytes of `data`; what a source line cannot hold is escaped."""
-    return '"' + "".join(_ESCAPES.get(letter, letter) for letter in data.decode(_CODING)) + '"'
+    """A literal whose characters are the bytes of `data`."""
+    return f'"{_escaped(data.decode(_CODING))}"'
+
+
+def _escaped(text: str) -> str:
+    """`text` for a literal in double quotes, one or three; what a source line cannot hold is escaped."""
+    return "".join(_ESCAPES.get(letter, letter) for letter in text)
 
 
 def unpacked(script: str) -> dict[str, str] | None:

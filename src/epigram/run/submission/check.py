@@ -1,5 +1,6 @@
 """`epigram check`: all that can be found about a record folder."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from epigram.run.submission.rules.readme import readme
 from epigram.run.submission.rules.runs import adaptation, calibration, runs, times
 from epigram.run.submission.rules.significance import significance
 from epigram.run.submission.rules.sizes import sizes
+from epigram.run.submission.rules.values import is_score
 
 
 def check(
@@ -42,7 +44,10 @@ def check(
 
 
 def read_against(record: str | None) -> Against | None:
-    """A number is a mean in nats a token; else it is a record folder with logs, or with a val_loss for each seed."""
+    """A number is a mean in nats a token; else it is a record folder with logs, or with a val_loss for each seed.
+
+    Raises UserError for figures that no score can be: the test would be against other seeds than the record's.
+    """
     if record is None:
         return None
     try:
@@ -52,14 +57,34 @@ def read_against(record: str | None) -> Against | None:
     else:
         return Against(name=f"the record of {record} nats", nats=(record_to_beat(mean),))
     other = read_record(Path(record))
-    nats = [log.val_nats for log in other.logs if log.val_nats is not None]
-    if not nats:
-        rows = (other.json or {}).get("seed_results")
-        values = rows.values() if isinstance(rows, dict) else []
-        nats = [float(row["val_loss"]) for row in values if isinstance(row, dict) and "val_loss" in row]
-    if not nats:
+    if not (nats := _logged_nats(other) or _listed_nats(other)):
         raise UserError(f"{record} says no val_loss in logs or submission.json: give the record's mean in nats instead")
     return Against(name=record, nats=tuple(nats))
+
+
+def _logged_nats(record: Record) -> list[float]:
+    """Of each log that has a final score."""
+    for log in record.logs:
+        if log.label is not None and log.val_nats is None:
+            nats, bpb = log.scores[log.label]
+            raise _no_score(f"{record.folder / log.name} has val_loss {nats:g} and val_bpb {bpb:g} in the end")
+    return [log.val_nats for log in record.logs if log.val_nats is not None]
+
+
+def _listed_nats(record: Record) -> list[float]:
+    """Of each row of submission.json that has a val_loss."""
+    rows = (record.json or {}).get("seed_results")
+    pairs = rows.items() if isinstance(rows, dict) else []
+    losses = {seed: row["val_loss"] for seed, row in pairs if isinstance(row, dict) and "val_loss" in row}
+    for seed, loss in losses.items():
+        if not is_score(loss):
+            where = record.folder / "submission.json"
+            raise _no_score(f"{where} has {json.dumps(loss)} as the val_loss of seed {seed}")
+    return [float(loss) for loss in losses.values()]
+
+
+def _no_score(said: str) -> UserError:
+    return UserError(f"{said}, which cannot be: give the record's mean in nats instead")
 
 
 def _findings(record: Record, limits: Limits, against: Against | None, run_script: bool) -> Iterator[Finding]:

@@ -8,11 +8,13 @@ too. A script of ours is trained and scored on made-up tokens in a tiny setting;
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,27 +72,31 @@ class _Runner:
 
     def run(self, *arguments: str, readable: Path | None = None) -> str | None:
         """None, or what went wrong in a line. readable: with it, this file and the scratch folder are all that may be
-        read."""
+        read. Processes that the script started end with it, unless they left its session."""
         environment = {key: value for key, value in os.environ.items() if key not in ("DATA_PATH", "SEED", "RUN_ID")}
         environment |= {"PYTHONPATH": str(self._guard), guard.LOG: str(self._log), "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"TMPDIR": str(self._temporary), "XDG_CACHE_HOME": str(self._temporary)}
         if readable is not None:
             environment[guard.READABLE] = os.pathsep.join(map(str, (self.scratch, readable)))
-        try:
-            done = subprocess.run(
-                [*self._prefix, sys.executable, *arguments],
-                cwd=self.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=LIMIT_S,
-            )
-        except subprocess.TimeoutExpired:
-            return f"it had not ended after {LIMIT_S} s"
-        self.output = done.stdout
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return lines[-1] if done.returncode else None
+        with subprocess.Popen(
+            [*self._prefix, sys.executable, *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                self.output, errors = process.communicate(timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                return f"it had not ended after {LIMIT_S} s"
+            finally:
+                with suppress(ProcessLookupError):  # as a rule nothing is left
+                    os.killpg(process.pid, signal.SIGKILL)
+        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
+        return lines[-1] if process.returncode else None
 
     def refused(self) -> list[tuple[str, str]]:
         """(kind, words) of each thing that was, once."""
@@ -145,9 +151,12 @@ def _made_up(folder: Path, proto: bytes, vocab_size: int) -> Path:
 
 
 def _tiny(recipe: dict[str, Any]) -> list[str]:
-    """Settings that make a recipe a matter of seconds on a CPU; what is trained and how stays as it is."""
+    """Settings that make a recipe a matter of seconds on a CPU; what is trained and how stays as it is, but for who
+    computes it, which may have been a choice for GPUs, and for chunks that are longer than all of the text."""
     changes = [f"lanes.{i}.{key}" for i in range(len(recipe["lanes"])) for key in (f"seq_len={_LENGTH}", "num_seqs=1")]
     changes += ["budget.clock=steps", "budget.steps=2", "budget.train_s=600", "budget.score_s=600"]
     changes += ["quant.calibration.num_windows=2", f"quant.calibration.seq_len={_LENGTH}"]
     changes += [f"score.seq_len={_LENGTH}", f"score.stride={_LENGTH // 2}", "score.batch_tokens=1024"]
+    changes += [f"score.adapt.sgd.chunk_tokens={4 * _LENGTH}", f"score.adapt.lora.chunk_tokens={_LENGTH // 2}"]
+    changes += ["run.attention=auto", "run.kernels=auto", "run.cuda_graphs=auto"]
     return [*changes, "run.compile=off", "run.sample_tokens=0", "run.val_every=0"]

@@ -195,6 +195,8 @@ def _metadata(
     nats = [_said(log.val_nats, log, "a final score") for log in facts]
     bpb = [_said(log.val_bpb, log, "a final score") for log in facts]
     sizes = [int(_said(log.artifact_bytes, log, "the artifact's bytes")) for log in facts]
+    for log in facts:
+        _said(log.steps, log, "how many steps it took")
     known = Measured(nats=tuple(nats), bpb=tuple(bpb), sizes=tuple(sizes), code_bytes=len(code))
     rows = {
         str(source.seed): seed_row(log, size, len(code))

@@ -14,6 +14,7 @@ from typing import Any
 
 from epigram.evaluation.adapt_config import KINDS, adapted
 from epigram.run.report.summary import PREFERENCE
+from epigram.run.submission.rules.values import is_score
 
 _NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 _FINAL = re.compile(rf"^(final_\w+|\w+_exact)\b.*?val_loss:\s*{_NUMBER}\s+val_bpb:\s*{_NUMBER}", re.MULTILINE)
@@ -74,11 +75,11 @@ class LogFacts:
 
     @property
     def val_nats(self) -> float | None:
-        return None if self.label is None else self.scores[self.label][0]
+        return None if (score := self._score(self.label)) is None else score[0]
 
     @property
     def val_bpb(self) -> float | None:
-        return None if self.label is None else self.scores[self.label][1]
+        return None if (score := self._score(self.label)) is None else score[1]
 
     @property
     def adapted(self) -> str | None:
@@ -88,7 +89,12 @@ class LogFacts:
     @property
     def unadapted(self) -> tuple[float, float] | None:
         """Nats a token and bits per byte of the same model that did not learn, by sliding windows."""
-        return self.scores.get(_label("sliding"))
+        return self._score(_label("sliding"))
+
+    def _score(self, label: str | None) -> tuple[float, float] | None:
+        """None also for figures that cannot be."""
+        score = None if label is None else self.scores.get(label)
+        return score if score is not None and all(map(is_score, score)) else None
 
     @property
     def spent_s(self) -> float | None:
@@ -124,7 +130,7 @@ def parse_log(text: str, name: str) -> LogFacts:
     return LogFacts(
         name=name,
         seed=min(said) if said and not named else int(loose[1]) if loose else None,
-        steps=(_int(ours.get("times", {}).get("steps")) or int(steps[-1][1])) if steps else None,
+        steps=_num_steps(ours, steps),
         scores=scores,
         label=label,
         losses=tuple(float(m[2]) for m in _LOSS.finditer(text)),
@@ -135,6 +141,12 @@ def parse_log(text: str, name: str) -> LogFacts:
         is_ours=is_ours,
         **facts,  # type: ignore[arg-type]
     )
+
+
+def _num_steps(ours: Mapping[str, Mapping[str, str]], lines: list[re.Match[str]]) -> int | None:
+    """As the last lines say; where they do not, that of the last step told of, which a run need not tell."""
+    said = _int(ours.get("times", {}).get("steps"))
+    return int(lines[-1][1]) if said is None and lines else said
 
 
 def _head(text: str) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -177,14 +189,14 @@ def _methods(recipe: Mapping[str, Any] | None) -> set[str]:
 
 
 def _odd_scores(text: str, label: str | None) -> list[str]:
-    """Final scores that are no positive number, and those of `label` that are unlike the first.
+    """Final scores that cannot be, and those of `label` that are unlike the first.
 
     A run that was interrupted and resumed may say others twice, but has one score that counts.
     """
     odd, first = [m[0] for m in _NO_NUMBER.finditer(text)], None
     for m in _FINAL.finditer(text):
         nats, bpb = float(m[2]), float(m[3])
-        if not (0 < nats < math.inf and 0 < bpb < math.inf):
+        if not (is_score(nats) and is_score(bpb)):
             odd.append(m[0])
         if m[1] == label:
             first = first or (nats, bpb)

@@ -1,6 +1,5 @@
 """The figures of submission.json, from the logs and the files: what `submit` writes and `check` compares with."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,7 @@ class Measured:
 
 def measured(record: Record) -> Measured:
     scores = [(log.val_nats, log.val_bpb) for log in record.logs]
-    pairs = [(nats, bpb) for nats, bpb in scores if nats is not None and bpb is not None and math.isfinite(nats + bpb)]
+    pairs = [(nats, bpb) for nats, bpb in scores if nats is not None and bpb is not None]
     return Measured(
         nats=tuple(nats for nats, _ in pairs),
         bpb=tuple(bpb for _, bpb in pairs),

@@ -40,7 +40,7 @@ class Record:
 
     @property
     def code(self) -> list[Path]:
-        return [path for path in self._files() if path.suffix in CODE]
+        return [path for path in self._files() if path.suffix in CODE and path.is_file()]
 
     @property
     def extras(self) -> list[Path]:
@@ -89,7 +89,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The folder's contents. Raises UserError when it is none."""
+    """The folder's contents; a link that leads nowhere is no file. Raises UserError when there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"there is no record folder {folder}")
     found, problem = None, None
@@ -102,7 +102,7 @@ def read_record(folder: Path) -> Record:
             problem = str(error)
     artifacts = {}
     for path in sorted(folder.glob("model_seed*.epigram")):
-        if (seed := path.stem.removeprefix("model_seed")) and is_count(seed):
+        if (seed := path.stem.removeprefix("model_seed")) and is_count(seed) and path.is_file():
             artifacts[int(seed)] = path
     return Record(
         folder=folder,
@@ -111,7 +111,7 @@ def read_record(folder: Path) -> Record:
         readme=_text(folder / "README.md"),
         script=read_script(path) if (path := folder / "train_gpt.py").is_file() else None,
         requirements=_text(folder / "requirements.txt"),
-        logs=tuple(read_log(path) for path in sorted(folder.glob(_LOGS))),
+        logs=tuple(read_log(path) for path in sorted(folder.glob(_LOGS)) if path.is_file()),
         artifacts=artifacts,
     )
 
