@@ -75,10 +75,23 @@ def test_candidates_of_each_device(install, device: str, kind: str) -> None:
     assert candidates(request_for(device, window)) == tuple(with_3.split())
     install(flash_attn_4() | flash_attn_3("operators"))
     assert candidates(request_for(device, window, compiled=False)) == tuple(eager.split())
-    # In a model that is not compiled a backend may still compile itself.
+    # In a model that is not compiled a backend may still compile itself, where the table prefers it.
     itself = candidates(request_for(device, window, compiled=False, compiles=True))
-    assert set(itself) - set(eager.split()) == ({"flex"} if "flex" in bare.split() else set())
-    assert itself == candidates(request_for(device, window))
+    assert itself == tuple(eager.split() if "flash" in eager or not window else bare.split())
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("device", "flash"), [("A100", False), ("4090", False), ("5090", False), ("H100", False),
+                                               ("H100", True), ("T4", False), ("CPU", False)])  # fmt: skip
+def test_what_compiles_itself_is_tried_where_it_comes_first(install, device: str, flash: bool, documents: bool) -> None:
+    """For windows and documents without FlashAttention; never for full attention of whole texts."""
+    install(flash_attn_4() if flash else {})
+    for window in (0, 512):
+        asked = request_for(device, window, documents=documents, compiled=False, compiles=True)
+        found, preferred = candidates(asked), candidates(request_for(device, window, documents=documents))
+        first = preferred[0] == "flex"
+        assert first == ((window > 0 or documents) and not flash and device not in ("T4", "CPU"))
+        assert found == tuple(name for name in preferred if first or name != "flex")
 
 
 def test_without_measuring_the_first_is_taken(install) -> None:

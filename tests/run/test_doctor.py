@@ -100,10 +100,11 @@ def test_an_a100_a_4090_and_a_5090(no_flash, found):
     assert findings["precision"].startswith("bfloat16: ") and "multipl" in findings["precision"]
     assert findings["Triton kernels"] == "on: Triton supports compute capability 8.0 and later"
     measured = "measured when a run starts"
-    assert findings["attention, full"].startswith(f"the fastest of sdpa, cudnn, flex, {measured}: ")
+    assert findings["attention, full"].startswith(f"the fastest of sdpa, cudnn, {measured}: ")
     assert findings["attention, windowed"].startswith(f"the fastest of flex, sdpa, {measured}: ")
     assert findings["attention, windowed"].endswith("flex leaves out whole tiles beyond a window")
     assert findings["flex, windowed"] == "usable: taken where it is the fastest"
+    assert findings["flex, full"] == "usable, but sdpa comes first on this device"
     assert findings["cudnn, windowed"] == "not usable here | cudnn has no windows through torch"
     assert "flash4 is not for" in findings["flash4, full"]
 
@@ -111,18 +112,22 @@ def test_an_a100_a_4090_and_a_5090(no_flash, found):
 def test_an_h100_without_and_with_libraries(no_flash, monkeypatch):
     findings = explained("cuda", (9, 0))
     assert findings["device"] == "it: one of the Hopper GPUs (H100, H200)"
-    assert findings["attention, full"].startswith("the fastest of cudnn, sdpa, flex, measured")
+    assert findings["attention, full"].startswith("the fastest of cudnn, sdpa, measured")
     assert findings["flash4, full"].endswith("pip install 'epigram[flash4]'")
     assert "build it from source" in findings["flash3, windowed"]
     load = plugin.load
 
     def with_flash(package, name):
-        return SimpleNamespace(check=lambda request: None) if name in ("flash3", "flash4") else load(package, name)
+        return (
+            SimpleNamespace(check=lambda request: None, attend=None)
+            if name in ("flash3", "flash4")
+            else load(package, name)
+        )
 
     monkeypatch.setattr(plugin, "load", with_flash)
     findings = explained("cuda", (9, 0))
-    assert findings["attention, full"].startswith("the fastest of flash4, flash3, cudnn, sdpa, flex, measured")
-    assert findings["attention, windowed"].startswith("the fastest of flash4, flash3, flex, sdpa, measured")
+    assert findings["attention, full"].startswith("the fastest of flash4, flash3, cudnn, sdpa, measured")
+    assert findings["attention, windowed"].startswith("the fastest of flash4, flash3, sdpa, measured")
     assert findings["flash4, windowed"] == "usable: taken where it is the fastest"
 
 

@@ -18,6 +18,10 @@ of those that the window leaves; the queries are its last Tq positions. It is a 
 batch where a shape may not. What layers share is made when `within` is called, or at the first of them. A backend that
 cannot keep documents apart has no `within`.
 
+A backend that is nothing without the compiler sets `attend.compiles_itself = True`. "auto" takes it in a model that is
+not compiled only where the table prefers it to all others that can serve: compiling it for every shape, just to see
+that it is no faster, would cost each start of a run many seconds.
+
 "auto" takes the fastest of the backends that can serve the request, as `measure` finds them, and without one the first
 in the order of `epigram.capability`.
 """
@@ -187,10 +191,16 @@ def candidates(request: Request) -> tuple[str, ...]:
     ordered = row.windowed if request.window or request.documents else row.full
     reasons = {name: why_not(name, request) for name in (*ordered, *added)}
     found = tuple(name for name, reason in reasons.items() if reason is None)
+    if not request.compiled:
+        found = tuple(name for name in found if name == found[0] or not _compiles_itself(name))
     if not found:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"no attention backend can serve this model here: {said}")
     return found
+
+
+def _compiles_itself(name: str) -> bool:
+    return getattr(plugin.load(PACKAGE, name).attend, "compiles_itself", False)
 
 
 def choose(name: str, request: Request, measure: Measure | None = None) -> Choice:

@@ -38,6 +38,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -
     return (_compiled() if by_itself else _attend)(q, k, v, window, reach)
 
 
+attend.compiles_itself = True  # type: ignore[attr-defined]
+
+
 @cache
 def _compiled() -> Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]:
     compiled: Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor] = compile_shapes(_attend)

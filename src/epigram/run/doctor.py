@@ -264,7 +264,7 @@ def _attention(part: str, kind: str, row: "Support", request: "Request") -> Iter
             yield _finding(part, f"{name}, {kind}", "not usable here", reason)
         elif name == ORACLE:
             yield _finding(part, f"{name}, {kind}", "usable, but slow: it is what the others are tested against")
-        elif measured:
+        elif measured and name in names:
             yield _finding(part, f"{name}, {kind}", "usable: taken where it is the fastest")
         else:
             value = "used" if name == names[0] else f"usable, but {names[0]} comes first on this device"
