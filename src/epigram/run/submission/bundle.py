@@ -150,7 +150,8 @@ def _raw(text: str) -> str:
 
 
 def _packed(files: Mapping[str, str]) -> str:
-    bare = {path: stripped(text) if path.endswith(".py") else text for path, text in files.items()}
+    ordered = sorted(files, key=lambda path: path.rpartition("/")[2])  # files of one name beside each other: 300 bytes
+    bare = {path: stripped(files[path]) if path.endswith(".py") else files[path] for path in ordered}
     text = _latin(bz2.compress(json.dumps(bare).encode()))
     return f'FILES = json.loads(bz2.decompress({text}.encode("{_CODING}")))\n'
 

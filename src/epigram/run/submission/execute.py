@@ -93,8 +93,7 @@ class _Runner:
             except subprocess.TimeoutExpired:
                 return f"it had not ended after {LIMIT_S} s"
             finally:
-                with suppress(ProcessLookupError):  # as a rule nothing is left
-                    os.killpg(process.pid, signal.SIGKILL)
+                _end(process)
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         return lines[-1] if process.returncode else None
 
@@ -138,6 +137,15 @@ def _train_and_score(record: Record, runner: _Runner) -> Iterator[Finding]:
         shard.unlink()  # scoring must do without
     if problem := runner.run(*command, "--score", str(path.resolve()), readable=path.resolve()):
         yield Finding(rule="run.train", message=f"scoring {path.name} without training shards: {problem}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End it, if it has not ended, and where systems have sessions all that is left in its own."""
+    if os.name != "posix":
+        process.kill()
+        return
+    with suppress(ProcessLookupError):  # as a rule nothing is left
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _made_up(folder: Path, proto: bytes, vocab_size: int) -> Path:
