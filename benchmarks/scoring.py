@@ -64,6 +64,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with open_context(asked.device) as context:
         model, data = open_both(asked.run, asked.data, context)
+        facts = {"run": str(asked.run), "machine": environment(**computing(context.device, context.world_size))}
         full = [not model.gpt.config.layer_window(layer) for layer in range(model.gpt.config.num_layers)]
         seq_len = 0
         for name, method, tokens in cases(asked.lengths, asked.stride, asked.tokens, asked.batch_tokens, full):
@@ -79,12 +80,7 @@ def main() -> None:
                 speed = row["tokens"] / row["score_s"]
                 figures = f"{row['tokens']:>12,} tokens {row['val_bpb']:.5f} bpb {row['score_s']:8.2f} s"
                 print(f"{name:45} {figures} {speed:>12,.0f}/s", flush=True)
-                found = {
-                    "run": str(asked.run),
-                    "machine": environment(**computing(context.device, context.world_size)),
-                    "rows": rows,
-                }
-                asked.out.write_text(json.dumps(found, indent=1) + "\n")
+                asked.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

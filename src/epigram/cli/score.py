@@ -62,20 +62,22 @@ def command(
     from epigram.run.score import score_model
 
     settings, limit_s = parse_adapt(adapt or "none", overrides)
-    told: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
-    streaming = {name: value for name, value in told.items() if value is not None}
     asked = {*methods, "sliding"} if adapt else set(methods)  # none: all methods
-    for words, given, reader in (("--stride", stride, "sliding"), (f"--{', --'.join(told)}", streaming, "streaming")):
-        if given and asked and reader not in asked:
-            words = words.replace("_", "-")
-            raise UserError(f"{words}: only method {reader} reads that; add --method {reader}, or leave it out")
+    for option, given, reader in (
+        ("--stride", stride, "sliding"),
+        ("--segment-tokens", segment_tokens, "streaming"),
+        ("--overlap", overlap, "streaming"),
+    ):
+        if given is not None and asked and reader not in asked:
+            raise UserError(f"{option}: only method {reader} reads that; add --method {reader}, or leave it out")
+    told: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap}
     result = score_model(
         model,
         data_path,
         methods=methods,
         seq_len=seq_len,
         stride=stride,
-        streaming=StreamingConfig(**streaming),
+        streaming=StreamingConfig(**{name: value for name, value in told.items() if value is not None}),
         split=split,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,

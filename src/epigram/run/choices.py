@@ -118,7 +118,7 @@ def attach_attention(
     that it will be called with and nobody forbade it.
     """
     backward, compiles = work is None or work.backward, work is not None and backends_compile(compile_, context)
-    request = replace(attention_request(model, context, compiled, backward), compiles=compiles)
+    request = attention_request(model, context, compiled, backward, compiles)
     prepare = compile_shapes if compiled else None
     on_cuda = context.device.type == "cuda"
     measure = partial(agreed_ms, context, work, prepare=prepare) if work is not None and on_cuda else None
@@ -130,7 +130,9 @@ def attach_attention(
     return paths
 
 
-def attention_request(model: GPT, context: Context, compiled: bool, backward: bool = True) -> Request:
+def attention_request(
+    model: GPT, context: Context, compiled: bool, backward: bool = True, compiles: bool = False
+) -> Request:
     """What the model's full-attention layers ask of a backend."""
     c = model.config
     return Request(
@@ -142,6 +144,7 @@ def attention_request(model: GPT, context: Context, compiled: bool, backward: bo
         num_kv_heads=c.num_kv_heads,
         window=0,
         compiled=compiled,
+        compiles=compiles,
         backward=backward,
         documents=c.isolated,
     )

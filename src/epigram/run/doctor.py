@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -224,14 +224,21 @@ def explain(part: str, name: str, device_type: str, capability: tuple[int, int] 
     no_float8 = why_no_float8(device_type, capability)
     on_cpu = ", rounded and multiplied in float32: slower than without" if device_type == "cpu" else ""
     yield _finding(part, "float8 products", f"off: {no_float8}" if no_float8 else f"off unless run.float8=true{on_cpu}")
+    # As `choices` has it: a model of fused kernels is not compiled, though a backend in it may be.
+    compiled, compiles = not why_not and bool(no_triton), not why_not
     for kind, window in (("full", 0), ("windowed", 512)):
-        request = _request(device_type, capability, row.precision, window)
-        # As `choices` has it: a model of fused kernels is not compiled, though a backend in it may be.
-        request = replace(request, compiled=not why_not and bool(no_triton), compiles=not why_not)
+        request = _request(device_type, capability, row.precision, window, compiled, compiles)
         yield from _attention(part, kind, row, request)
 
 
-def _request(device_type: str, capability: tuple[int, int] | None, dtype: "torch.dtype", window: int) -> "Request":
+def _request(
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: "torch.dtype",
+    window: int,
+    compiled: bool,
+    compiles: bool,
+) -> "Request":
     """The layers of pr1212: 8 heads of 64 over 4."""
     from epigram.attention.base import Request
 
@@ -243,6 +250,8 @@ def _request(device_type: str, capability: tuple[int, int] | None, dtype: "torch
         num_heads=8,
         num_kv_heads=4,
         window=window,
+        compiled=compiled,
+        compiles=compiles,
     )
 
 

@@ -126,7 +126,7 @@ class RunRecord:
     def log(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.writes:
-            self._try("the output", partial(print, line, flush=True))
+            self._try("the output", partial(_say, line))
             self._try(LOG, partial(print, line, file=self._log, flush=True))
 
     def step(self, *, step: int, elapsed_s: float, train_loss: float, **values: Any) -> None:
@@ -187,9 +187,6 @@ class RunRecord:
         try:
             write()
         except OSError as error:
-            if isinstance(error, BrokenPipeError):  # whatever else is printed, at the very end too, goes nowhere
-                with suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if what not in self._lost:
                 self._lost.add(what)
                 with suppress(OSError):
@@ -226,6 +223,16 @@ class RunRecord:
             raise problems[0]
         if problems:  # the error that ended the run is on its way; this one is mentioned beside it
             print(f"the end of the run is not all on disk in {self.folder}: {problems[0]}", file=sys.stderr)
+
+
+def _say(line: str) -> None:
+    """Print; where nobody reads any more, all that is printed from then on, at the very end too, goes nowhere."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def num_steps(budget: Mapping[str, Any], step: int, elapsed_s: float) -> int:

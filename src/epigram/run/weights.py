@@ -55,9 +55,9 @@ def load_model(
     UserError or ArtifactError with what is wrong.
     """
     context = Context(device=pick_device(device))
-    if not precision and (path / CONFIG).is_file():
-        precision = load_recipe(str(path / CONFIG)).run.precision
     if path.is_dir() and (path / ARTIFACT).is_file():
+        if not precision and (path / CONFIG).is_file():
+            precision = load_recipe(str(path / CONFIG)).run.precision
         path = path / ARTIFACT
     if path.is_file():
         return _from_artifact(path, context, tokenizer, shown, precision or "auto")

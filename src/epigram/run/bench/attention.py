@@ -25,7 +25,7 @@ _ORACLE_MATRICES = 5  # of logits that it holds at once, in float32
 def run(bench: Bench) -> None:
     engine = bench.engine
     compiles = backends_compile(engine.config.run.compile, engine.context)
-    request = replace(attention_request(engine.model, engine.context, engine.compiled), compiles=compiles)
+    request = attention_request(engine.model, engine.context, engine.compiled, compiles=compiles)
     windows = (0, engine.config.model.window) if engine.config.model.window_layers else (0,)
     for window in windows:
         _time_backends(bench, replace(request, window=window))
