@@ -16,6 +16,7 @@ from epigram.attention.base import Request, with_documents
 from epigram.compiling import compile_shapes
 
 _TILE = 128
+_PARTS = ("num_blocks", "indices")  # of a BlockMask's lists of tiles, as `_ordered` returns them
 
 
 def check(request: Request) -> str | None:
@@ -86,24 +87,38 @@ def block_mask(
         last_reach = reach.index_select(1, (last[:, 0] - offset))[:, None, :, None]
         touched = touched & (right >= first - first_reach)
         full = full & (left >= last - last_reach)
-    partial = touched & ~full
-    return BlockMask.from_kv_blocks(
-        *_ordered(partial),
-        *_ordered(full),
-        BLOCK_SIZE=_TILE,
-        mask_mod=visible,
+    maps = [tiles if tiles.dim() == 4 else tiles[None, None] for tiles in (touched & ~full, full)]
+    lists = [part for tiles in (*maps, *(tiles.mT for tiles in maps)) for part in _ordered(tiles)]
+    names = [f"{kind}{side}_{part}" for side in ("kv", "q") for kind in ("", "full_") for part in _PARTS]
+    return BlockMask(
         seq_lengths=(num_queries, num_keys),
+        **dict(zip(names, lists if reach is None else laid_out(lists), strict=True)),
+        BLOCK_SIZE=(_TILE, _TILE),
+        mask_mod=visible,
     )
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Number of chosen tiles in each row, and their columns first: (B, 1, rows) and (B, 1, rows, columns) int32.
 
-    tiles: (rows, columns), the same for all sequences, or (B, 1, rows, columns). The axis of the heads is there before
-    anything is computed: the kernel steps from one sequence to the next by that axis's stride, which the compiler makes
-    0 where a view adds the axis to what is computed: all sequences would get the first one's columns.
+    tiles: (B, 1, rows, columns).
     """
-    tiles = tiles if tiles.dim() == 4 else tiles[None, None]
     count = tiles.sum(-1, dtype=torch.int32)
     order = torch.argsort(tiles.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
     return count, order
+
+
+@torch.library.custom_op("epigram::laid_out", mutates_args=())
+def laid_out(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies, every stride of them the product of the sizes behind it.
+
+    The kernels step from one sequence to the next by the stride of the heads' axis. That axis has one entry, for whose
+    stride the compiler may choose anything: all sequences would get the first one's tiles, or any memory's contents.
+    It chooses nothing for what an operator returns.
+    """
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+@laid_out.register_fake
+def _(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
