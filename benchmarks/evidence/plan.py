@@ -196,7 +196,7 @@ class Claim:
     are compared with, by the score `compare`, or the lower of "one or another" (of kind bench the variant that the page
     begins with); target: the published one, over target_bytes of text. plot: one of "bars", "bytes" (against bits per
     byte), "curve" (over the time), "steps" (of kind bench). tried: its rows were tried for the recipe, so those that
-    are no better are listed.
+    are no better are listed. found: what the figures say, in words; the numbers stand in the table.
     """
 
     name: str
@@ -204,6 +204,7 @@ class Claim:
     published: str
     plot: str
     text: str = ""
+    found: str = ""
     baseline: str = ""
     compare: str = ""
     target: float = 0.0

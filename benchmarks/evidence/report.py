@@ -83,6 +83,7 @@ def _section(plan: Plan, claim: Claim, found: dict[str, Any], results: Path) -> 
     lines = [f"### {claim.title}", ""]
     lines += [f"Published: {claim.published}.", ""] if claim.published else []
     lines += [claim.text, ""]
+    lines += [f"**Found:** {claim.found}", ""] if claim.found else []
     if claim.plot == "steps":
         table, drawing = _steps(plan, claim, found)
     else:

@@ -107,8 +107,8 @@ def rival_of(claim: Claim, row: Row) -> str:
     """Name of the experiment that a row is compared with; its own for a variant; none for the rival itself."""
     if row.variant != BASE:
         return row.experiment.name
-    if row.experiment.claim != claim.name:
-        return ""
+    if row.experiment.claim != claim.name:  # a row of another claim: only with another one of those
+        return row.experiment.against if row.experiment.against in claim.also else ""
     name = row.experiment.against or claim.baseline
     return "" if name == row.experiment.name else name
 
