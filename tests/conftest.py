@@ -29,6 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """An error on a CUDA device is final for its process: all later tests would fail, and say nothing of themselves."""
+    if not (torch.cuda.is_available() and item.get_closest_marker("gpu")):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if hasattr(item.config, "workerinput"):
+            os._exit(1)  # one of several workers (xdist), in whose place another one starts
+        pytest.exit(f"{item.nodeid} made the GPU unusable for this process: {error}", returncode=1)
+
+
 @pytest.fixture(autouse=True)
 def _float32_as_it_was() -> Iterator[None]:
     """A run on CUDA allows TF32 for the whole process; the next test decides for itself."""
