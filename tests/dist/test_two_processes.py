@@ -278,6 +278,12 @@ def test_a_bit_that_flips_in_one_process_stops_both(data_path: Path, tmp_path: P
 
 FAULTS = {
     "exception": ("raise KeyError('own')", 2, "epigram: rank 1: KeyError: 'own'"),
+    "in many words": ("raise KeyError('own' + 10_000 * '😀')", 2, "epigram: rank 1: KeyError: 'own"),
+    "host memory": (
+        "raise RuntimeError('[enforce] DefaultCPUAllocator: no 5 GiB')",
+        2,
+        "epigram: rank 1: out of memory ([enforce] DefaultCPUAllocator: no 5 GiB): take a smaller model",
+    ),
     "memory": ("raise torch.OutOfMemoryError('no 5 GiB')", 2, "epigram: rank 1: out of memory (no 5 GiB)"),
     "killed": ("os.kill(os.getpid(), 9)", -9, "epigram: rank 1 was killed or lost"),
     "exit": ("sys.exit(7)", 7, None),
@@ -316,6 +322,32 @@ def test_what_befalls_one_process_ends_all_with_one_message(data_path: Path, tmp
         assert message in said + also_said
     assert result_of(run)["status"] == "failed"
     assert "rank 1" in result_of(run)["reason"]
+
+
+def test_who_looks_for_open_ports_is_no_process_of_the_run(tmp_path: Path):
+    """Somebody who says something else, somebody who goes without a word: a failure is told all the same."""
+    script = """
+        import json, socket, sys, time
+        from epigram.cli.main import main
+        from epigram.dist import watch
+        from epigram.dist.context import open_context
+
+        try:
+            with open_context("cpu") as context:
+                if context.rank == 1:
+                    place = next(iter(watch.current._peers)).getpeername()
+                    for said in (b"GET / HTTP/1.1\\r\\n\\r\\n", b"[]\\n", b"7\\n", b'{"rank": 1}\\n', b""):
+                        with socket.create_connection(place) as stranger:
+                            stranger.sendall(said)
+                    time.sleep(1)
+                    raise OSError("torn cable")
+                time.sleep(60)
+        except ValueError as error:
+            sys.exit(f"told: {error}")
+    """
+    (first, _, said), (second, _, _) = run_two(script, tmp_path)
+    assert (first, second) == (2, 1)
+    assert "Traceback" not in said
 
 
 def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path: Path):

@@ -85,9 +85,15 @@ def test_what_cannot_work_is_told_before_any_process_starts(monkeypatch):
         launch(2, "pr1212", ["model.colour=1"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int):
-    """The processes get the time to complete their run folder, however the command was stopped."""
+SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (SIGHUP, 1)]
+)
+def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int, times: int):
+    """The processes get the time to complete their run folder, however the command was stopped; the second one too is
+    for them."""
     worker = "\n".join(
         [
             "import signal, sys, time",
@@ -96,7 +102,11 @@ def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int):
             f"    open({str(tmp_path / 'ready')!r}, 'w').close()",
             "    time.sleep(60)",
             f"except {'KeyboardInterrupt' if number == signal.SIGINT else 'SystemExit'}:",
-            "    time.sleep(0.3)",
+            f"    open({str(tmp_path / 'told')!r}, 'w').close()",
+            "    try:",
+            f"        time.sleep({0.3 if times == 1 else 60})",
+            "    except KeyboardInterrupt:",
+            "        pass",
             f"    open({str(tmp_path / 'completed')!r}, 'w').close()",
         ]
     )
@@ -109,10 +119,9 @@ def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int):
         "main.main()",
     )
     process = subprocess.Popen(python(*parent), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, number)
+    for name in ("ready", "told")[:times]:
+        wait_until((tmp_path / name).exists, process)
+        os.kill(process.pid, number)
     assert process.wait(30) == (130 if number == signal.SIGINT else 143)
     assert (tmp_path / "completed").exists()
 

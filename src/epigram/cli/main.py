@@ -1,5 +1,6 @@
 """The `epigram` command. Nothing heavy is imported until a command runs, so that --help answers at once."""
 
+import io
 import os
 import signal
 import sys
@@ -39,9 +40,15 @@ for module in (train, export, score, generate, data, describe, compare, report, 
 
 
 def main() -> None:
-    """Entry point: exit code 0 on success, 2 for a user's mistake (one sentence), 130 after Ctrl-C, 143 after kill."""
+    """Entry point: exit code 0 on success, 2 for a user's mistake (one sentence), 130 after Ctrl-C, 143 after kill
+    or when the terminal went away, of which a run in training makes 129."""
     share_processors(os.environ)
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _terminate)  # the terminal is gone
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tables have letters that an output may lack
+            stream.reconfigure(errors="replace")
     if hasattr(signal, "SIGUSR1"):  # outside of training there is nothing to save, and no reason to die
         signal.signal(signal.SIGUSR1, _ignore)
     try:

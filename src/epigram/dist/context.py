@@ -115,6 +115,9 @@ def _told(watching: watch.Watch | None) -> Iterator[None]:
             raise told from error
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):  # torch has no class for it
+            way_out = "take a smaller model or batch, or compute less at a time (run.micro_tokens, score.batch_tokens)"
+            raise _of_rank(watching, f"out of memory ({error}): {way_out}", error) from error
         if watching is None:
             raise
         told = _of_rank(watching, f"{type(error).__name__}: {error}", error)

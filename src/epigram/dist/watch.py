@@ -26,6 +26,7 @@ FAILED = 2  # exit code
 _NEWS_S = 5.0  # a connection that broke is explained by then, or never
 _KEY_BYTES = 16
 _MAX_LINE = 65536
+_MAX_CAUSE = 5_000  # characters, each of which JSON may write as twelve
 
 
 class Failure:
@@ -72,6 +73,7 @@ class Watch:
 
     def report(self, cause: str) -> Failure:
         """This process fails; returns the failure that came first, which may be another's."""
+        cause = cause[:_MAX_CAUSE]
         if self.rank == 0:
             self._fail(0, cause)
         else:
@@ -143,7 +145,7 @@ class Watch:
 
     def _send(self, peer: socket.socket, message: dict[str, object]) -> None:
         with suppress(OSError):  # whoever is gone need not know
-            peer.sendall(json.dumps(message).encode()[: _MAX_LINE - 1] + b"\n")
+            peer.sendall(json.dumps(message).encode() + b"\n")
 
     def _read(self, peer: socket.socket) -> None:
         try:
@@ -151,9 +153,12 @@ class Watch:
         except OSError:
             received = b""
         *lines, rest = (self._buffers[peer] + received).split(b"\n")
-        for line in lines:
-            self._take(peer, json.loads(line))
         self._buffers[peer] = rest
+        try:
+            for line in lines:
+                self._take(peer, json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # somebody who looks for open ports
+            received = b""
         if not received or len(rest) > _MAX_LINE:
             self._drop(peer)
 

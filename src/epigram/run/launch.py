@@ -28,8 +28,7 @@ def launch(num_processes: int, recipe: str | None = None, overrides: Sequence[st
     try:
         code = launcher.wait()
     except BaseException as stop:
-        launcher.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
-        launcher.wait()  # the run folder is being completed
+        _stop(launcher, signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
         raise
     if code in torchrun.STOPPED:
         raise SystemExit(code)
@@ -59,6 +58,20 @@ def _start(command: list[str]) -> subprocess.Popen:
     launcher = subprocess.Popen(command, start_new_session=True)
     signal.signal(signal.SIGUSR1, pass_on)
     return launcher
+
+
+def _stop(launcher: subprocess.Popen, number: int) -> None:
+    """Pass a signal on, and those that follow it: the first asks for the run folder to be completed, the next for the
+    end."""
+    while True:
+        launcher.send_signal(number)
+        try:
+            launcher.wait()
+            return
+        except KeyboardInterrupt:
+            number = signal.SIGINT
+        except SystemExit:
+            number = signal.SIGTERM
 
 
 def workers(parent: int) -> list[int]:

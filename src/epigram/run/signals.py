@@ -1,7 +1,8 @@
 """What a cluster or a user asks of a run in progress by a signal.
 
-SIGUSR1: write a checkpoint and go on. SIGTERM and SIGINT (Ctrl-C): finish the step, write a checkpoint, end; a second
-one ends at once. Any one process of a run may get the signal: all of them learn of it with the clock of the next step.
+SIGUSR1: write a checkpoint and go on. SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal is gone, and no nohup): finish
+the step, write a checkpoint, end; a second one ends at once. Any one process of a run may get the signal: all of them
+learn of it with the clock of the next step.
 """
 
 import signal
@@ -48,6 +49,8 @@ def listening() -> Iterator[Requests]:
         requests.checkpoint = True
 
     handlers: dict[int, Any] = {signal.SIGTERM: stop}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = stop
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = stop
     if hasattr(signal, "SIGUSR1"):

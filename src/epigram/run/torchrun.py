@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+STOPPED = tuple(128 + getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Exit codes: the processes wrote a checkpoint and ended, as told."""
 
 TOLD = 2
