@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from epigram import wire_format as wire
 from epigram.artifact import charsmap
 from epigram.artifact.codecs import brotli
-from epigram.artifact.tokenizer_section import compact, expand
+from epigram.artifact.tokenizer_section import MAX_SETTINGS_BYTES, compact, expand
 from epigram.errors import ArtifactError, DataError
 from epigram.wire_format import WireError, bytes_field, read_fields
 
@@ -182,6 +182,19 @@ def test_a_replacement_that_is_too_long_is_named(tmp_path: Path, training_text: 
     rules.write_text(f"61\t{' '.join(['62'] * 256)}\n")
     with pytest.raises(DataError, match="a replacement of more than 255 characters"):
         compact(train_tokenizer(training_text, normalization_rule_tsv=str(rules)))
+
+
+def test_settings_are_bounded(tokenizer: bytes) -> None:
+    """A few hundred bytes of brotli can hold millions of fields, each of which is an object when it is read."""
+    *streams, settings = wire.split_streams(compact(tokenizer), 9)
+    filler = bytes_field(9, bytes(MAX_SETTINGS_BYTES - len(settings) - 4))
+    largest = tokenizer + filler
+    assert expand(compact(largest))
+    match = "its settings take 1,048,578 bytes, the format allows 1,048,576"
+    with pytest.raises(DataError, match=match):
+        compact(largest + b"\x50\0")
+    with pytest.raises(ArtifactError, match=match):
+        expand(wire.join_streams([*streams, settings + filler + b"\x50\0"]))
 
 
 def test_sections_with_lies_are_refused(tokenizer: bytes) -> None:

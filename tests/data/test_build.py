@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -359,14 +360,34 @@ def test_a_bad_document_deep_in_the_text_leaves_nothing(tmp_path: Path, texts: l
     assert listing(tmp_path) == before
 
 
-def test_a_tokenizer_that_loses_text_fails_the_proof(tmp_path: Path, texts: list[str]) -> None:
-    """Identity without byte pieces cannot write a blank behind the BOS so that it counts."""
+def test_a_first_blank_that_cannot_be_written_is_unknown(tmp_path: Path, texts: list[str]) -> None:
+    """Identity without byte pieces has nothing for a blank behind the BOS that counts; one such document is no reason
+    to build nothing."""
     proto = train_with(texts, byte_fallback=False, normalization_rule_name="identity", remove_extra_whitespaces=False)
-    (tmp_path / "lossy.model").write_bytes(proto)
-    source = write_jsonl(tmp_path / "a.jsonl", [*texts, " kalo begins with a blank"])
+    (tmp_path / "poor.model").write_bytes(proto)
+    plain = [text for text in texts if Tokenizer.from_bytes(proto).can_encode(text)]
+    source, val = (
+        write_jsonl(tmp_path / "a.jsonl", [*plain, " kalo mi"]),
+        write_jsonl(tmp_path / "val.jsonl", plain[:1]),
+    )
+    built = build([source], tmp_path / "out", val_sources=[val], tokenizer_file=tmp_path / "poor.model")
+    entry = built.manifest.splits["train"]
+    assert (entry.unknown_tokens, entry.unknown_bytes) == (1, 1)
+    assert check(built.path) == []
+
+
+def test_a_tokenizer_that_loses_text_fails_the_proof(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Tokenizer.encode_normalized
+    monkeypatch.setattr(
+        Tokenizer, "encode_normalized", lambda self, text: whole(self, text)[: -1 if "lost" in text else None]
+    )
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, "kalo, and what is lost"])
+    before = listing(tmp_path)
     with pytest.raises(DataError, match=r"a\.jsonl, line 61: .* does not account for its text"):
-        build([source], tmp_path / "out", tokenizer_file=tmp_path / "lossy.model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "lossy.model"]
+        build([source], tmp_path / "out", tokenizer_file=tokenizer_file)
+    assert listing(tmp_path) == before
 
 
 def test_the_proof_sees_a_wrong_byte_table(
@@ -496,6 +517,17 @@ def test_cache_is_keyed_by_text_and_settings(tmp_path: Path, texts: list[str]) -
     changed = ensure_built(source, cache, vocab_size=400)
     assert changed.data.path != first.data.path
     assert changed.data.path.name.startswith("book.txt-")
+
+
+def test_few_long_documents_hold_out_much_and_it_is_told(
+    tmp_path: Path, texts: list[str], tokenizer_file: Path
+) -> None:
+    for name, part in (("a.txt", texts[:20]), ("b.txt", texts[20:40])):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("\n\n".join(part))
+    (note,) = build([tmp_path / "in"], tmp_path / "out", tokenizer_file=tokenizer_file).notes
+    assert re.match(r"\d\d% of the text is held out instead of 5%, since documents are held out whole", note)
+    assert build([tmp_path / "in"], tmp_path / "half", tokenizer_file=tokenizer_file, val_fraction=0.5).notes == ()
 
 
 def test_settings_of_a_recipe_that_nothing_reads_are_passed_over(

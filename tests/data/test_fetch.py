@@ -377,7 +377,10 @@ def test_shards_that_the_hub_has_twice(tmp_path: Path, hub: FakeHub, files: dict
 def test_two_at_a_time_do_not_share_a_folder(tmp_path: Path, hub: FakeHub, files: dict[str, bytes]) -> None:
     """A file that one has verified must not be written to by the other, which had it open as a part."""
     (tmp_path / "out").mkdir()
-    with held_alone(tmp_path / "out"), pytest.raises(UserError, match="another process is filling .*out: wait"):
+    with (
+        held_alone(tmp_path / "out"),
+        pytest.raises(UserError, match="out is in use, another process is filling it: wait"),
+    ):
         bring(hub, tmp_path / "out")
     bring(hub, tmp_path / "out")
     assert_right(tmp_path / "out", files)

@@ -1,11 +1,13 @@
 """Which files are read, by which source, for which split."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from epigram.data.gather import BY_HASH, gather
+from epigram.data.manifest import FORMAT
 from epigram.data.tokenizer import Tokenizer
 from epigram.errors import DataError, UserError
 
@@ -86,6 +88,17 @@ def test_single_files_and_stdlib(folder) -> None:
 def test_the_output_inside_the_input_is_not_read(folder) -> None:
     source = folder("a.txt", "out/old.txt")
     assert plan(gather([source], exclude=source / "out")) == [("a.txt", "text", BY_HASH)]
+
+
+def test_what_epigram_has_written_is_not_read(folder) -> None:
+    run = [f"runs/one/{name}" for name in ("config.toml", "environment.json", "result.json", "log.txt", "export-1/x")]
+    source = folder("a.txt", "config.toml", "part/result.json", "data/mine/val.bin", "data/mine/manifest.json", *run)
+    (source / "data/mine/manifest.json").write_text(json.dumps({"format": FORMAT}))
+    gathered = gather([source])
+    assert [name for name, _, _ in plan(gathered)] == ["a.txt", "config.toml", "part/result.json"]
+    assert gathered.notes == ("left out, as data and runs of epigram: data/mine, runs/one",)
+    with pytest.raises(DataError, match="holds no files but data and runs of epigram: name another"):
+        gather([source / "runs"])
 
 
 def test_text_behind_links_is_read_once(folder, tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_many_lanes_are_shared_well_where_not_all_can_be_tried(times: list[float
     assert max(plan.loads) <= 4 / 3 * max(math.fsum(times) / world_size, max(times))
 
 
+def test_any_number_of_lanes_on_one_process():
+    assert plan_lanes([1.0] * 5000, 1).ranks == (tuple(range(5000)),)
+    assert plan_lanes([1.0] * 500, 2).balance == 1
+    with pytest.raises(UserError, match="501 lanes are too many to share"):
+        plan_lanes([1.0] * 501, 2)
+
+
 def test_more_processes_than_lanes():
     with pytest.raises(UserError, match="2 lanes cannot be shared by 3 processes, each needs one: use 1 to 2 proc"):
         plan_lanes([1.0, 1.0], 3)

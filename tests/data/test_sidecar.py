@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from epigram.data.build import build
 from epigram.data.check import check
 from epigram.data.dataset import DataFolder, open_data
 from epigram.data.shards import open_shard, write_shard
+from epigram.data.tokenizer import Tokenizer
 from epigram.data.transforms import caseops
 from epigram.data.transforms.base import PACKAGE as TRANSFORMS
 from epigram.errors import DataError, UserError
@@ -54,7 +56,6 @@ def test_the_folder(data: DataFolder) -> None:
     counts = data.byte_counts("val")
     assert counts is not None and len(counts) == len(data.stream("val"))
     assert int(counts.sum()) == data.split_bytes("val") == len(val_text.encode())
-    assert data.byte_counts("train") is None
     assert [path.name for path in sorted(data.path.glob("fineweb_val_bytes_*"))] == [
         f"fineweb_val_bytes_{i:06d}.bin" for i in range(len(data.split("val")))
     ]
@@ -62,6 +63,17 @@ def test_the_folder(data: DataFolder) -> None:
     assert data.text("train", 40) == "".join(TEXTS).encode()[: len(data.text("train", 40))]
     marks = [data.tokenizer.pieces.index(mark) for mark in caseops.MARKS]
     assert set(marks) <= set(data.stream("val").tolist())
+
+
+def test_what_has_no_sidecar_is_counted_from_its_tokens(data: DataFolder) -> None:
+    """As train, for which none is written: as the builder counted val, wherever the tokens are cut."""
+    written, bare = data.byte_counts("val"), replace(data, byte_count_shards={})
+    for most in (None, 1, 2, *range(3, len(written), 97), len(written) - 1):
+        assert np.array_equal(bare.byte_counts("val", most), written[:most])
+    counts, ends = data.byte_counts("train"), np.flatnonzero(data.stream("train") == data.tokenizer.bos_id)
+    assert len(counts) == data.num_tokens("train")
+    assert np.add.reduceat(counts, ends, dtype=np.int64).tolist() == [len(one.encode()) for one in TEXTS]
+    assert int(counts.sum()) == data.split_bytes("train")
 
 
 def nll(inputs: torch.Tensor, targets: torch.Tensor, *, rope_len: int, last: int | None = None) -> torch.Tensor:
@@ -118,6 +130,22 @@ def test_counts_of_another_stream_are_refused(data: DataFolder, tmp_path: Path) 
     write_shard(first, open_shard(first, "val").read()[:-1], "val")
     with pytest.raises(DataError, match="restore them, or build the data again"):
         open_data(copy).byte_counts("val")
+
+
+def test_marks_without_a_manifest_take_a_sidecar(data: DataFolder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Nothing says that the text was transformed but the tokenizer, which has the marks."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data.path, copy)
+    (copy / "manifest.json").unlink()
+    assert [one.text for one in check(copy) if one.is_error] == []
+    for path in copy.glob("*_val_bytes_*"):
+        path.unlink()
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=rf"has the marks of caseops.* no \*_{split}_bytes_\*\.bin .*: put those"):
+            open_data(copy).byte_counts(split)
+    assert ["has the marks of caseops" in one.text for one in check(copy) if one.is_error] == [True]
+    (copy / "other.model").write_bytes(tokenizer.proto)  # it has no marks
+    assert open_data(copy, copy / "other.model").byte_counts("val") is None
 
 
 def test_counts_of_any_name_are_no_tokens(data: DataFolder, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epigram.data import tokenizer as tokenizer_module
+from epigram.data.encode import prove_bytes
 from epigram.data.model_proto import normalization, without_normalization
 from epigram.data.tokenizer import SPACE, Tokenizer
 from epigram.errors import DataError
@@ -221,6 +222,18 @@ def test_unknown_characters_cannot_be_encoded(fallbackless_proto: bytes, tokeniz
     assert not poor.lossless
     assert not tokenizer.can_encode("\ud800")  # half a surrogate pair
     assert tokenizer.lossless
+
+
+def test_a_first_blank_is_unknown_without_byte_pieces(texts: list[str]) -> None:
+    """It is missing from the bytes, as any unknown character is; no document may fail for it."""
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    poor = Tokenizer.from_bytes(train_with(texts, byte_fallback=False, vocab_size=200, **settings))
+    for sample, missing in (("kalo mi", 0), (" kalo mi", 1), ("  kalo", 2), (" ", 1), ("", 0), (" ☃ mi", 5)):
+        ids, normalized = poor.encode_document(sample)
+        assert prove_bytes(poor, ids, normalized, "a sample") == missing
+        assert counted_bytes(poor, ids) == len(sample.encode()) - missing
+        assert poor.can_encode(sample) == (missing == 0)
+    assert poor.encode(" kalo mi") == [poor.unk_id, *poor.encode("kalo mi")]
 
 
 def test_dummy_prefix_is_no_text(texts: list[str]) -> None:

@@ -1,7 +1,9 @@
 """What a score says of the validation text it was made on, and of text that is scored whole."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from run_helpers import short, write_text
 import epigram
 from epigram.config import load_recipe
 from epigram.data import published
+from epigram.data.build import build
 from epigram.data.cache import ensure_built
 from epigram.data.check import check
 from epigram.data.dataset import open_data
@@ -23,6 +26,7 @@ from epigram.errors import DataError, UserError
 from epigram.evaluation.windows import Method
 from epigram.model.gpt import GPT
 from epigram.run import choices, score, setup
+from epigram.run.probe import probe
 from epigram.run.score import score_model, score_split
 from epigram.run.setup import Losses
 from epigram.run.submission import entry
@@ -99,6 +103,24 @@ def test_a_score_on_another_split_says_so_or_is_not_made(folder: Path) -> None:
     )
 
 
+def test_text_to_train_on_is_scored_by_the_bytes_before_its_transform(tmp_path: Path) -> None:
+    """No sidecar is written for it, and by the byte tables each mark would be three bytes of text."""
+    write_text(tmp_path / "a.txt", 100, seed=4)
+    built = build([tmp_path / "a.txt"], tmp_path / "out", vocab_size=512, transform="caseops", workers=1)
+    data = open_data(built.path)
+    for most in (0, 500):
+        found = row(built.path, split="train", max_tokens=most)
+        text = data.text("train", most + 1 if most else data.num_tokens("train"))
+        assert found["bytes"] == len(text)
+        assert found["val_bpb"] == pytest.approx(found["tokens"] / math.log(2) / len(text))
+    context, model = Context(), GPT(replace(load_recipe("smoke").model, vocab_size=data.tokenizer.vocab_size))
+    model.initialize(0)
+    losses = setup.scoring_losses(model, False, "auto", context)
+    found = probe(losses, data, METHOD, context, dtype=torch.float32, batch_tokens=64, split="train")
+    (told,) = [one for one in found if one.name == "bytes of the text"]
+    assert told.passed and "before its transform" in told.detail
+
+
 @pytest.mark.parametrize("paragraphs", [0, 200])
 def test_a_text_is_scored_whole_as_from_python(finished: Path, tmp_path: Path, monkeypatch, paragraphs: int) -> None:
     """One document, however long it is: nothing is held out, and no cut begins another."""
@@ -119,6 +141,28 @@ def test_mistakes_come_out_before_the_work(finished: Path, data_path: Path, monk
     for methods, stride, message in ((["blocks", "foo"], None, "foo"), (["blocks", "sliding"], 1000, "1000")):
         with pytest.raises(UserError, match=message):
             score_model(finished, str(data_path), methods=methods, stride=stride, device="cpu")
+
+
+def test_a_score_needs_the_shards_of_its_split_as_they_were_built(
+    finished: Path, data_path: Path, tmp_path: Path
+) -> None:
+    """And no others: whoever checks a score need not have the text to train on."""
+    data = tmp_path / "data"
+    shutil.copytree(data_path, data)
+    for shard in data.glob("fineweb_train_*.bin"):
+        shard.unlink()
+    rows = [
+        score_model(finished, str(place), methods=("blocks",), device="cpu")["scores"] for place in (data_path, data)
+    ]
+    assert rows[0]["blocks"]["val_nats"] == rows[1]["blocks"]["val_nats"]
+    with pytest.raises(DataError, match=r"fineweb_train_000000\.bin cannot be read"):
+        score_model(finished, str(data), split="train", device="cpu")
+    (shard,) = data.glob("fineweb_val_0*.bin")
+    raw = bytearray(shard.read_bytes())
+    raw[-2] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(DataError, match=r"fineweb_val_000000\.bin is not the file that the manifest describes"):
+        score_model(finished, str(data), methods=("blocks",), device="cpu")
 
 
 def test_a_script_scores_as_its_recipe_says(finished: Path, data_path: Path, monkeypatch) -> None:

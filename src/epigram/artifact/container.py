@@ -97,7 +97,7 @@ def pack_header(sections: Sequence[Section], contents: dict[str, Any]) -> bytes:
     """
     if len(sections) > MAX_SECTIONS:
         raise UserError(f"the file would have {len(sections):,} sections, the format allows {MAX_SECTIONS:,}")
-    _check_declared(sum(section.raw for section in sections), UserError)
+    check_declared(sum(section.raw for section in sections), UserError)
     table = {"sections": [vars(section) for section in sections], "contents": contents}
     text = json.dumps(table, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER_BYTES:
@@ -268,11 +268,12 @@ def _sections(rows: list[Any]) -> tuple[Section, ...]:
     sections = tuple(_section(row) for row in rows)
     if len({section.name for section in sections}) != len(sections):
         raise ArtifactError("two sections have the same name")
-    _check_declared(sum(section.raw for section in sections), ArtifactError)
+    check_declared(sum(section.raw for section in sections), ArtifactError)
     return sections
 
 
-def _check_declared(declared: int, kind: type[UserError]) -> None:
+def check_declared(declared: int, kind: type[UserError]) -> None:
+    """Raise an error of `kind` for a model whose sections have more bytes decompressed than the format allows."""
     if declared > MAX_DECLARED_BYTES:
         raise kind(f"the model has {declared:,} bytes decompressed, the format allows {MAX_DECLARED_BYTES:,}")
 

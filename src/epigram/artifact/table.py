@@ -88,6 +88,14 @@ def raw_bytes(kind: str, part: Sequence[Entry]) -> int:
     return item_bytes(kind) * sum(entry.shape[0] if kind == "scales" else entry.size for entry in part)
 
 
+def raw_sections(entries: Sequence[Entry]) -> list[tuple[str, int]]:
+    """The sections that these tensors need, in order: name, and length when it is decompressed."""
+    sections = [(kind, raw_bytes(kind, part)) for kind, part in byte_sections(entries)]
+    for name, group in classes(entries).items():
+        sections.append((code_section(name), sum(entry.size for entry in group)))
+    return sections
+
+
 def read_table(header: Header) -> tuple[Entry, ...]:
     """The table in a header, and the sections checked against it. Raises ArtifactError."""
     contents = header.contents
@@ -128,13 +136,10 @@ def _check_sections(header: Header, entries: Sequence[Entry]) -> None:
     codec = header.contents["codec"]
     if not isinstance(codec, str) or codec not in plugin.names(CODECS):
         raise ArtifactError(f"the file needs the codec {codec!r}, which this release does not have: update it")
-    expected = [(kind, raw_bytes(kind, part)) for kind, part in byte_sections(entries)]
-    for name, group in classes(entries).items():
-        expected.append((code_section(name), sum(entry.size for entry in group)))
     sections = header.sections
     if sections and sections[-1].name == TOKENIZER:
         sections = sections[:-1]
-    if [(section.name, section.raw) for section in sections] != expected:
+    if [(section.name, section.raw) for section in sections] != raw_sections(entries):
         raise ArtifactError("the sections do not fit the tensors")
     bytes_codec = plugin.load(CODECS, codec).BYTES
     for section in header.sections:

@@ -28,6 +28,7 @@ from epigram.wire_format import (
 )
 
 MAX_PIECES = 1 << 17
+MAX_SETTINGS_BYTES = 1 << 20  # all but pieces and character map: some hundred bytes, or 240 kB with a map to decode by
 _NORMAL = 1
 _SCORE_PLANES = 4
 _TRAINER_ONLY = frozenset(
@@ -77,7 +78,15 @@ def _compact(proto: bytes) -> bytes:
             rest.append(bytes_field(3, _without(field.value, {2})))
         elif field.number != 4:
             rest.append(field.raw)
-    return join_streams([*_piece_streams(pieces), charsmap.pack(normaliser_map), b"".join(rest)])
+    settings = b"".join(rest)
+    _check_settings(settings)
+    return join_streams([*_piece_streams(pieces), charsmap.pack(normaliser_map), settings])
+
+
+def _check_settings(settings: bytes) -> None:
+    """Two bytes can be a field, which takes a hundred in memory."""
+    if len(settings) > MAX_SETTINGS_BYTES:
+        raise WireError(f"its settings take {len(settings):,} bytes, the format allows {MAX_SETTINGS_BYTES:,}")
 
 
 def _read_piece(message: bytes) -> tuple[bytes, int, int]:
@@ -128,6 +137,7 @@ def _usual_scores(kinds: bytes) -> NDArray[np.uint32]:
 
 def _expand(packed: bytes) -> bytes:
     lengths, kinds, texts, *planes, packed_map, rest = split_streams(packed, 5 + _SCORE_PLANES)
+    _check_settings(rest)
     if len(lengths) > MAX_PIECES or any(len(part) != len(lengths) for part in (kinds, *planes)):
         raise WireError("its parts have lengths that do not fit together")
     if sum(lengths) != len(texts):

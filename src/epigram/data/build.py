@@ -318,6 +318,14 @@ def _notes(manifest: Manifest, asked_vocab_size: int | None) -> Iterator[str]:
     got = manifest.tokenizer.vocab_size
     if asked_vocab_size is not None and got < asked_vocab_size:
         yield f"the text gave {got:,} pieces, fewer than the {asked_vocab_size:,} asked for"
+    if manifest.settings.val_fraction and all(source.split == BY_HASH for source in manifest.sources):
+        held_out, train = (manifest.splits[name].original_bytes for name in ("val", "train"))
+        share = held_out / max(held_out + train, 1)
+        if share > 2 * manifest.settings.val_fraction:
+            yield (
+                f"{share:.0%} of the text is held out instead of {manifest.settings.val_fraction:.0%}, since documents "
+                "are held out whole, and these are few or long: more text, or `epigram data build --val`, changes that"
+            )
     for name, split in manifest.splits.items():
         yield from _left_out(name, split, manifest.settings)
         if split.shared_starts:

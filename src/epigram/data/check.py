@@ -142,6 +142,7 @@ def _check_bare(data: DataFolder) -> Iterator[str | Finding]:
         text = f"{shared:,} of {len(in_val):,} different documents of val are in train too"
         leaks = share > _REPEATED_FRACTION
         yield Finding(is_error=leaks, text=f"{text}, so scores would mean nothing: use other shards" if leaks else text)
+    data.byte_counts("val", 1)  # raises when text was transformed and nothing says how many bytes it had
 
 
 @dataclass
@@ -161,7 +162,7 @@ class _Totals:
 
 def _read_documents(data: DataFolder, split: str, totals: _Totals, hashes: NDArray[np.uint64] | None) -> Iterator[str]:
     """Add up the documents of a split and compare each with its hashes; a sentence for each kind of error."""
-    tokenizer, byte_counts = data.tokenizer, data.byte_counts(split)
+    tokenizer, byte_counts = data.tokenizer, data.sidecar(split)
     transform = load_transform(data.transform) if data.transform else None
     wrong_bytes = wrong_hashes = wrong_counts = place = 0
     for tokens in _documents(data.split(split), tokenizer.bos_id, tokenizer.vocab_size):

@@ -12,6 +12,7 @@ from epigram.data.files import sha256_of
 from epigram.data.manifest import MANIFEST, SPLITS, Manifest, read_hashes, read_manifest
 from epigram.data.shards import Shard, open_shard
 from epigram.data.tokenizer import Tokenizer
+from epigram.data.transforms.base import count_original, marked_by
 from epigram.data.transforms.base import load as load_transform
 from epigram.data.validation import Validation, allow, of_folder
 from epigram.errors import DataError, UserError
@@ -61,7 +62,27 @@ class DataFolder:
 
     def byte_counts(self, name: str, most: int | None = None) -> NDArray[np.uint16] | None:
         """Bytes of text that each token of `stream` stands for, (T,) uint16; None where the byte tables of the
-        tokenizer say so. DataError when the files do not belong to the shards."""
+        tokenizer say so.
+
+        From the sidecar, which a build writes for val alone; else counted here, where the manifest names a transform.
+        DataError where it takes a sidecar, and there is none, or one of other shards.
+        """
+        counts = self.sidecar(name, most)
+        if counts is not None:
+            return counts
+        if self.transform:
+            return self._count_again(name, most)
+        if self.manifest is None and (transforms := marked_by(self.tokenizer.pieces)):
+            raise DataError(
+                f"the tokenizer of {self.path} has the marks of {' and '.join(transforms)}, which are no bytes of the "
+                f"text, and no *_{name}_bytes_*.bin says how many bytes each token stands for: put those files beside "
+                "the shards, or build the data from the text"
+            )
+        return None
+
+    def sidecar(self, name: str, most: int | None = None) -> NDArray[np.uint16] | None:
+        """The byte counts that lie beside the shards, as `byte_counts`; None without any. DataError when they do not
+        belong to the shards."""
         files = self.byte_count_shards.get(name, ())
         if not files:
             return None
@@ -72,6 +93,26 @@ class DataFolder:
                 f"shards hold {sum(wanted):,} in {len(wanted)}: restore them, or build the data again"
             )
         return _first(files, most)
+
+    def _count_again(self, name: str, most: int | None) -> NDArray[np.uint16]:
+        """The byte counts from the tokens, one document at a time: a train split may be large."""
+        transform, tokenizer, tokens = load_transform(self.transform), self.tokenizer, self.stream(name, most)
+        if tokens.size and int(tokens.max()) >= tokenizer.vocab_size:
+            raise DataError(f"{self.path} holds tokens that its tokenizer does not have: build the data again")
+        documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id))[1:]
+        tables, decode = tokenizer.byte_tables(), tokenizer.decode_bytes
+        counts = [count_original(transform, tables, document, decode(document)) for document in documents]
+        return np.concatenate([tokens[:0], *counts])
+
+    def verify(self, name: str) -> None:
+        """Raises DataError when a file of a split is not the one of the manifest; without one nothing is known."""
+        entries = self.manifest.splits[name] if self.manifest else None
+        for entry in (*entries.shards, *entries.byte_counts) if entries else ():
+            if sha256_of(self.path / entry.file) != entry.sha256:
+                raise DataError(
+                    f"{self.path / entry.file} is not the file that the manifest describes (its hash differs): restore "
+                    "it, or build the data again"
+                )
 
     @property
     def transform(self) -> str:
@@ -107,8 +148,10 @@ class DataFolder:
         return read_hashes(self.path, self.manifest.splits[name])
 
 
-def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> DataFolder:
+def open_data(path: str | Path, tokenizer_file: str | Path | None = None, splits: Sequence[str] = SPLITS) -> DataFolder:
     """Open a data folder; checks headers and sizes of all shards, not their contents (`data.check` does).
+
+    splits: those whose shards need be there.
 
     Without a manifest, shards are the files *_train_*.bin and *_val_*.bin in the order of their names, and
     the tokenizer is `tokenizer_file` or the one file *.model in the folder. Raises UserError for a folder
@@ -119,7 +162,7 @@ def open_data(path: str | Path, tokenizer_file: str | Path | None = None) -> Dat
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}: build one with `epigram data build TEXT --out {folder}`")
     if (folder / MANIFEST).exists():
-        return _open_built(folder, Path(tokenizer_file) if tokenizer_file else None)
+        return _open_built(folder, Path(tokenizer_file) if tokenizer_file else None, splits)
     return _open_bare(folder, Path(tokenizer_file) if tokenizer_file else None)
 
 
@@ -128,14 +171,14 @@ def is_published_layout(folder: Path) -> bool:
     return any(published_shards(folder, split) for split in SPLITS)
 
 
-def _open_built(folder: Path, tokenizer_file: Path | None) -> DataFolder:
+def _open_built(folder: Path, tokenizer_file: Path | None, splits: Sequence[str]) -> DataFolder:
     manifest = read_manifest(folder)
     if tokenizer_file is not None and sha256_of(tokenizer_file) != manifest.tokenizer.sha256:
         raise DataError(
             f"{folder} was built with another tokenizer than {tokenizer_file}: leave the tokenizer out, or build again"
         )
     shards: dict[str, tuple[Shard, ...]] = {}
-    for split in SPLITS:
+    for split in splits:
         opened = []
         for entry in manifest.splits[split].shards:
             shard = open_shard(folder / entry.file, split)
@@ -148,7 +191,7 @@ def _open_built(folder: Path, tokenizer_file: Path | None) -> DataFolder:
         shards[split] = tuple(opened)
     counts = {
         split: tuple(open_shard(folder / entry.file, split) for entry in manifest.splits[split].byte_counts)
-        for split in SPLITS
+        for split in splits
     }
     return DataFolder(
         path=folder,

@@ -146,10 +146,10 @@ def unwritable_explained(folder: Path, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_alone(folder: Path) -> Iterator[None]:
+def held_alone(folder: Path, why: str = "filling it: wait until it is done") -> Iterator[None]:
     """Keep other processes from filling `folder` at the same time: what one has verified, another could write into.
 
-    UserError when one is at it. Nothing is kept off where folders cannot be locked.
+    UserError when one is at it, which ends in `why`. Nothing is kept off where folders cannot be locked.
     """
     if sys.platform == "win32":
         yield
@@ -162,7 +162,7 @@ def held_alone(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another process is filling {folder}: wait until it is done") from error
+                raise UserError(f"{folder} is in use, another process is {why}") from error
         yield
     finally:
         os.close(handle)

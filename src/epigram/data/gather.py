@@ -23,6 +23,7 @@ _SPOOL_CHARS = 40  # of a name on the hub, at most 4 bytes each, that its name o
 BY_HASH = "by hash"
 _BEGINNING_BYTES = 4096  # of a file, which tell text from pictures and from other encodings
 _NAMED = 20  # files that a message names
+_RUN = ("config.toml", "environment.json", "result.json")  # by which a run's folder is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +105,13 @@ def gather(
 ) -> Gathered:
     """All files of `sources` (files, folders, "stdlib"), split as `val_sources` or their names say.
 
-    A folder is walked in the order of names, hidden files and `exclude` left aside, and what lies behind links in it is
-    read too, each folder once. Where it holds records (.jsonl, .csv, .parquet), other files are not text to train on
-    and are left out. A folder that has files named train and val is split by these names, and a file named test is then
-    left out; otherwise the hash of each document decides. hf://OWNER/NAME[@REVISION][/FOLDER] are the files of records
-    of a dataset on the hub, treated like a folder; `hub` is asked for them. for_score: all is text of val, but for what
-    a folder's names say is to train on, and a text file is one document as far as `sources.text` allows. Raises
-    UserError for a path that does not exist, or is named twice.
+    A folder is walked in the order of names, hidden files, `exclude` and what epigram has written left aside, and what
+    lies behind links in it is read too, each folder once. Where it holds records (.jsonl, .csv, .parquet), other files
+    are not text to train on and are left out. A folder that has files named train and val is split by these names, and
+    a file named test is then left out; otherwise the hash of each document decides. hf://OWNER/NAME[@REVISION][/FOLDER]
+    are the files of records of a dataset on the hub, treated like a folder; `hub` is asked for them. for_score: all is
+    text of val, but for what a folder's names say is to train on, and a text file is one document as far as
+    `sources.text` allows. Raises UserError for a path that does not exist, or is named twice.
     """
     if not sources:
         raise UserError("there is nothing to read: name a file, a folder, or stdlib")
@@ -198,12 +199,16 @@ def _spool_name(file: HubFile) -> Path:
 def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFile]:
     if is_data_folder(folder):
         raise UserError(f"{folder} is a built data folder already: use it as it is, with --data")
-    there = sorted(_inside(folder, exclude), key=lambda path: path.relative_to(folder).as_posix())
+    inside, own = _inside(folder, exclude)
+    there = sorted(inside, key=lambda path: path.relative_to(folder).as_posix())
+    if own:
+        notes.append(_note("left out, as data and runs of epigram", folder, own))
     if gone := [path for path in there if not path.exists()]:
         notes.append(_note("left out, as links that lead nowhere", folder, gone))
     found = [path for path in there if path.is_file()]
     if not found:
-        raise DataError(f"folder {folder} holds no files: name another")
+        but = " but data and runs of epigram" if own else ""
+        raise DataError(f"folder {folder} holds no files{but}: name another")
     kinds = {path: base.source_for(path) for path in found}
     records = [path for path in found if kinds[path] != base.FALLBACK]
     if not records:
@@ -224,13 +229,14 @@ def _walk(folder: Path, exclude: Path | None, notes: list[str]) -> list[SourceFi
     ]
 
 
-def _inside(folder: Path, exclude: Path | None) -> list[Path]:
-    """Everything in a folder but folders, hidden names and what `exclude` holds.
+def _inside(folder: Path, exclude: Path | None) -> tuple[list[Path], list[Path]]:
+    """Everything in a folder but folders, hidden names and what `exclude` and folders of our own hold; and those.
 
     Links to folders are followed after the folders that really lie there, in a fixed order, and no folder is read
     twice: neither one that several names lead to nor, in a circle, one that holds the link.
     """
     found: list[Path] = []
+    own: list[Path] = []
     known = {exclude.resolve()} if exclude else set()
     waiting = [folder]
     for start in waiting:  # grows on the way
@@ -240,10 +246,14 @@ def _inside(folder: Path, exclude: Path | None) -> list[Path]:
                 folders.clear()
                 continue
             known.add(real)
+            if place != folder and (is_data_folder(place) or all((place / name).is_file() for name in _RUN)):
+                folders.clear()
+                own.append(place)
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting += [place / name for name in folders if (place / name).is_symlink()]
             found += [place / name for name in names if not name.startswith(".")]
-    return found
+    return found, own
 
 
 def _refuse_unlike_text(paths: list[Path], folder: Path) -> None:

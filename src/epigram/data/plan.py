@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from epigram.errors import UserError
 
+_MOST_LANES = 500  # a call deep each
 _MOST_NODES = 20_000
 """Partial assignments that the search looks at, a tenth of a second; with ten or so lanes it ends before."""
 
@@ -58,6 +59,10 @@ def plan_lanes(times: Sequence[float], world_size: int) -> LanePlan:
             f"{len(times)} lanes cannot be shared by {world_size} processes, each needs one: use {counts} processes, "
             "or give the recipe more lanes (a larger count)"
         )
+    if world_size == 1:
+        return LanePlan(ranks=(tuple(range(len(times))),), times=tuple(times))
+    if len(times) > _MOST_LANES:
+        raise UserError(f"{len(times)} lanes are too many to share, at most {_MOST_LANES}: give them more sequences")
     search = _Search(times, world_size)
     search.place(0, [0.0] * world_size, [])
     owned: list[list[int]] = [[] for _ in range(world_size)]

@@ -21,7 +21,7 @@ from epigram.data.sources.base import READING
 
 _REMEDY = (
     "what is built of text is kept there, so work in another folder, or build the text with `epigram data build TEXT "
-    "--out DIR` and give --data DIR"
+    "--out DIR` (for a score with --tokenizer RUN/tokenizer.model) and give --data DIR"
 )
 
 

@@ -117,7 +117,7 @@ class Tokenizer:
 
     def _encode_normalized(self, text: str) -> NDArray[np.uint16]:
         encoded: list[bytes] = []
-        if text.startswith(" ") and self._byte_ids and not self._settings.dummy_prefix:
+        if text.startswith(" ") and not self._settings.dummy_prefix:
             encoded, text = [self._bytes_as_ids(" ")], text[1:]
         words, mark = self._words, self._bytes_as_ids(SPACE)
         for index, section in enumerate(text.split(SPACE)):

@@ -135,8 +135,8 @@ def probe(
     counted = [
         _once(subject, tokens),
         probes.text_bytes(data.stream(split), subject.tables, tokenizer.decode_bytes, tokenizer.bos_id)
-        if data.byte_counts(split) is None
-        else Finding("bytes of the text", True, "counted by the file beside the shards, which `data check` verifies"),
+        if data.byte_counts(split, 1) is None
+        else Finding("bytes of the text", True, "counted before its transform, which `data check` verifies"),
     ]
     if not counted[0].passed:
         return counted

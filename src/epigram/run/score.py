@@ -15,7 +15,7 @@ from typing import Any
 from epigram.artifact.tokenizer_section import compact
 from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder, is_published_layout, open_data
-from epigram.data.manifest import MANIFEST
+from epigram.data.manifest import MANIFEST, SPLITS
 from epigram.dist import collectives
 from epigram.dist.context import Context, open_context
 from epigram.errors import UserError
@@ -125,7 +125,9 @@ def score_model(
     with open_context(device) as context:
         if split != "val" and not is_built(Path(data_path)):
             raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
-        model, data = open_both(path, data_path, context, precision)
+        model, data = open_both(path, data_path, context, precision, (split,))
+        if split == "val":  # training text may be large, and nobody claims its score
+            data.verify(split)
         seq_len = seq_len or model.context_len
         planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
         if seq_len > model.context_len and context.is_main:
@@ -170,7 +172,13 @@ def score_model(
             return {}
         found = {name: [asdict(finding) for finding in some] for name, some in findings.items()}
         more = {"probes": found} if with_probes else {}
-        return {"model": str(path), "data": data_path, "split": split, "scores": rows, **more}
+        return {
+            "model": str(path),
+            "data": data_path,
+            "split": split if is_built(Path(data_path)) else "all",
+            "scores": rows,
+            **more,
+        }
 
 
 def adaptation_after(
@@ -233,8 +241,13 @@ def _print_score(name: str, row: dict[str, Any], context: Context) -> None:
             print(f"{name}: {gain:+.6f} bits per byte better than unadapted, {row['unadapted_bpb']:.6f}", flush=True)
 
 
-def open_both(path: Path, data_path: str, context: Context, precision: str = "") -> tuple[Model, DataFolder]:
-    """Model and data that belong together, text as a folder whose val is all of it; UserError where they do not."""
+def open_both(
+    path: Path, data_path: str, context: Context, precision: str = "", splits: Sequence[str] = SPLITS
+) -> tuple[Model, DataFolder]:
+    """Model and data that belong together, text as a folder whose val is all of it; UserError where they do not.
+
+    splits: those of a data folder that need be there.
+    """
     load = partial(load_model, path, str(context.device), shown=context.is_main, precision=precision)
     if not is_built(Path(data_path)):
         model = load()
@@ -246,14 +259,14 @@ def open_both(path: Path, data_path: str, context: Context, precision: str = "")
         if context.is_main:
             _warn_of_known(path, opened.data)
         return model, opened.data
-    data = open_data(data_path)
+    data = open_data(data_path, splits=splits)
     model = load(tokenizer=data.tokenizer)
     # An artifact carries what encoding needs of a tokenizer, so the files differ where the tokenizers do not.
     ours, theirs = model.tokenizer.proto, data.tokenizer.proto
     if ours != theirs and compact(ours) != compact(theirs):  # equal ones need not fit into an artifact
         raise UserError(
-            f"{data_path} was tokenized with another tokenizer than the model's: give the text itself, or build it "
-            "again with `epigram data build ... --tokenizer` and the model's own"
+            f"{data_path} was tokenized with another tokenizer than the model's: build it again with "
+            "`epigram data build ... --tokenizer` and the model's own, or give `epigram score` the text itself"
         )
     return model, data
 

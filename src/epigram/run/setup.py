@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epigram.artifact.container import check_declared
+from epigram.artifact.table import Entry, check_limits, raw_sections
 from epigram.artifact.tokenizer_section import compact
 from epigram.compiling import compile_shapes
 from epigram.config import Config
@@ -25,6 +27,7 @@ from epigram.model.gpt import GPT, BankTransform
 from epigram.optim.average import Average, average_of
 from epigram.optim.gradients import LaneGradients, lane_weights
 from epigram.optim.optimizer import Optimizer
+from epigram.quant.policy import plan_shapes
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
 from epigram.run.checkpoint import Saver
@@ -249,7 +252,7 @@ def bank_transform(model: GPT, config: Config) -> BankTransform:
 
 def check_fit(config: Config, data: DataFolder) -> None:
     """Raises UserError when the data's vocabulary is not the model's, its documents cannot be told apart, or the
-    artifact that a run ends with could not carry its tokenizer."""
+    artifact that a run ends with, or an export of it, could not carry its tokenizer or the model."""
     found = data.tokenizer.vocab_size
     if found != config.model.vocab_size:
         raise UserError(
@@ -257,8 +260,28 @@ def check_fit(config: Config, data: DataFolder) -> None:
             f"set model.vocab_size={found}, or build the data with --vocab-size {config.model.vocab_size}"
         )
     check_documents(config.model, data.tokenizer.bos_id)
-    if config.artifact.tokenizer:
-        compact(data.tokenizer.proto)
+    carried = compact(data.tokenizer.proto) if config.artifact.tokenizer else b""
+    _check_size(config, len(carried))
+
+
+def _check_size(config: Config, tokenizer_bytes: int) -> None:
+    with torch.device("meta"):
+        model = GPT(config.model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    entries = [
+        Entry(
+            name=part.name,
+            format="int" if part.grid else "float16",
+            shape=tuple(part.tensor.shape),
+            qmax=part.grid.qmax if part.grid else 0,
+        )
+        for part in plan_shapes(shapes, model.roles(), config.quant.grid)
+    ]
+    try:
+        check_limits(entries)
+        check_declared(sum(size for _, size in raw_sections(entries)) + tokenizer_bytes, UserError)
+    except UserError as error:
+        raise UserError(f"no artifact can carry the model, make it smaller: {error}") from error
 
 
 def check_documents(model: ModelConfig, bos_id: int) -> None:

@@ -78,7 +78,7 @@ def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, sh
         raise ArtifactError(f"{path} gives no usable context length, but {context_len!r}")
     if transform != "" and transform not in plugin.names(transforms.PACKAGE):
         raise ArtifactError(f"{path} names a text transform that this release does not know: {transform!r}")
-    model = _outline(config, sum(math.prod(tensor.shape) for tensor in contents.tensors.values()), path)
+    model = _outline(config, contents.tensors, path)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     weights = restore(contents.tensors, model.roles(), shapes)
     model.load_state_dict(weights, assign=True)
@@ -88,8 +88,14 @@ def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, sh
     return _ready(model, context, _needed(tokenizer, path), context_len, info, transform, precision)
 
 
-def _outline(config: ModelConfig, num_weights: int, path: Path) -> GPT:
-    """The model without memory for its weights. Raises ArtifactError when the file does not hold as many."""
+def _outline(config: ModelConfig, stored: Stored, path: Path) -> GPT:
+    """The model without memory for its weights. Raises ArtifactError when the file does not hold as many, or has not a
+    tensor for each layer: layers of few weights, listed one by one, could take any memory."""
+    if config.num_layers > len(stored):
+        raise ArtifactError(
+            f"{path} describes a model of {config.num_layers:,} layers, but holds {len(stored):,} tensors"
+        )
+    num_weights = sum(math.prod(tensor.shape) for tensor in stored.values())
     with torch.device("meta"):
         model = GPT(config)
     described = sum(p.numel() for p in model.parameters())

@@ -133,10 +133,11 @@ def decode(raw: bytes, path: Path, where: str, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         looks = [what for mark, what in _MARKS.items() if not offset and raw.startswith(mark)]
         hint = f"it looks {looks[0]}: " if looks else ""
+        remedy = "unpack it" if "compressed" in hint else "convert it to UTF-8 (for example with iconv)"
         position = f"byte {offset + error.start:,}"
         raise DataError(
             f"{path} is not UTF-8 at {f'{where}, {position}' if where else position} "
-            f"(0x{raw[error.start]:02x}): {hint}convert it to UTF-8 (for example with iconv), or leave it out"
+            f"(0x{raw[error.start]:02x}): {hint}{remedy}, or leave it out"
         ) from error
 
 

@@ -102,24 +102,20 @@ def _chunks(raw: Iterable[bytes], path: Path) -> Iterable[bytes]:
 
 
 def _gunzip(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """Decompressed gzip members; output comes in bounded pieces."""
+    """Decompressed gzip members, which any number of zeros may follow; output comes in bounded pieces."""
     member = zlib.decompressobj(wbits=31)
     started = False
     try:
         for chunk in chunks:
-            while chunk:
+            while chunk := chunk.lstrip(b"\0") if member.eof else chunk:
+                if member.eof:
+                    member = zlib.decompressobj(wbits=31)
                 started = True
                 yield member.decompress(chunk, 1 << 20)
-                chunk = member.unconsumed_tail
-                if member.eof:
-                    chunk, member, started = (
-                        member.unused_data.lstrip(b"\0"),
-                        zlib.decompressobj(wbits=31),
-                        False,
-                    )
+                chunk = member.unused_data if member.eof else member.unconsumed_tail
     except zlib.error as error:
         raise DataError(f"{path} is damaged ({error}): download or compress it again") from error
-    if started:
+    if started and not member.eof:
         yield member.flush()
         if not member.eof:
             raise DataError(f"{path} is cut short: download or compress it again")

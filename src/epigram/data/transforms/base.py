@@ -14,6 +14,7 @@ Because a transform loses nothing, a score can count the bytes of the text itsel
 depends on its neighbours, so they are kept beside the tokens (the sidecar) instead of in a table.
 """
 
+from collections.abc import Collection
 from types import ModuleType
 
 import numpy as np
@@ -28,6 +29,11 @@ PACKAGE = "epigram.data.transforms"
 def load(name: str) -> ModuleType:
     """The transform called `name`; UserError with the choices when there is none."""
     return plugin.load(PACKAGE, name)
+
+
+def marked_by(pieces: Collection[str]) -> list[str]:
+    """Names of the transforms all of whose marks are pieces: a tokenizer that has them was made for that."""
+    return [name for name in plugin.names(PACKAGE) if set(load(name).MARKS) <= set(pieces)]
 
 
 def count_original(
