@@ -9,6 +9,10 @@ __version__ = "0.1.0"
 __all__ = ["Model", "__version__", "load"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # `import epigram` stays instant; torch comes with the first use.
     if name in ("load", "Model"):

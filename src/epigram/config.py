@@ -80,7 +80,8 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         problems = []
         if not 0 <= self.calibrate_s < self.train_s:
-            problems.append(f"calibrate_s = {self.calibrate_s} must be at least 0 and below train_s = {self.train_s}")
+            limits = f"at least 0 and below train_s = {self.train_s}"
+            problems.append(f"calibrate_s = {self.calibrate_s} must be {limits}: change one of both")
         if self.score_s <= 0 or self.max_steps < 0:
             problems.append(f"score_s = {self.score_s} must be positive and max_steps = {self.max_steps} not negative")
         if self.clock not in ("wall", "steps", "replay"):
@@ -441,6 +442,9 @@ def parse_adapt(kind: str, overrides: Sequence[str]) -> tuple[AdaptConfig, float
 
     Raises UserError for a change of anything but score.adapt and budget.score_s.
     """
+    names = [setting.partition("=")[0].strip() for setting in overrides]
+    if others := [name for name in names if name != "budget.score_s" and not name.startswith("score.adapt.")]:
+        raise UserError(f"a score can change score.adapt and budget.score_s alone: leave out --set {others[0]}")
     tree = override({"score": {"adapt": {"kind": kind}}}, overrides)
     found = typed(tree, _AdaptSettings, "--adapt: ")
     if overrides and found.score.adapt.kind == "none":

@@ -71,6 +71,17 @@ def test_backends_agree_with_the_reference(name: str, shape: tuple[int, ...], wi
         assert (ours - theirs).norm() <= FLOAT32_RELATIVE * theirs.norm()
 
 
+@pytest.mark.parametrize(("before", "window"), [(0, 0), (0, 9), (0, 32), (0, 33), (7, 39), (32, 16)])
+def test_cudnn_leaves_to_sdpa_what_only_generation_has(
+    before: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache gives every layer a window, which is its length; a text may be longer."""
+    monkeypatch.setattr(cudnn, "sdpa_kernel", lambda backend: nullcontext())
+    q, k, v = (x.detach() for x in inputs(SHAPES[0]))
+    found = cudnn.attend(q[:, before:], k, v, window)
+    torch.testing.assert_close(found, reference.attend(q, k, v, window)[:, before:])
+
+
 def documents(batch: int, length: int, seed: int = 0, before: int = 5) -> torch.Tensor:
     """(B, T) int32: how far back the document of each position goes; the first one of a row was begun `before`."""
     draw = torch.Generator().manual_seed(seed)

@@ -332,7 +332,7 @@ def test_scoring_with_data_of_another_tokenizer(shell: Shell, finished: Path, tm
     write_text(tmp_path / "other.txt", 300, seed=9)
     build([tmp_path / "other.txt"], tmp_path / "other", vocab_size=512, workers=1)
     assert_one_sentence(
-        shell("score", finished, "--data", tmp_path / "other"), "another tokenizer than the model's: give the text"
+        shell("score", finished, "--data", tmp_path / "other"), "another tokenizer than the model's: build it again"
     )
 
 

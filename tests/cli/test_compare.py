@@ -95,7 +95,9 @@ def test_what_cannot_be_compared(shell, sides, tmp_path: Path):
     found = shell("compare", *new, twice, "--against", *old)
     assert (found.code, "seed 1 comes twice" in found.err) == (2, True)
     failed = write_run(tmp_path / "failed", 5, 1.8, status="failed")
-    assert "is no finished run" in shell("compare", *new, failed).err
+    assert "is no finished run with a score: train it again, no checkpoint was" in shell("compare", *new, failed).err
+    (failed / "checkpoints/step-00000007").mkdir(parents=True)
+    assert f"finish it with epigram train --resume {failed}" in shell("compare", *new, failed).err
     assert "requires an argument" in shell("compare", *new, "--against").err
 
 

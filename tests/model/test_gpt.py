@@ -225,7 +225,7 @@ def test_bad_settings_are_all_named_at_once() -> None:
     ("name", "value"),
     [
         ("rotary_base", 0.0), ("rotary_base", math.inf), ("rotary_reference_len", 0), ("embed_std", -1.0),
-        ("softcap", math.nan), ("softcap", -30.0), ("mlp_slope", math.nan), ("qk_gain", math.inf),
+        ("softcap", math.nan), ("softcap", -30.0), ("mlp_slope", math.nan), ("qk_gain", math.inf), ("qk_gain", 0.0),
         ("bigram_dim", 0), ("value_embed_dim", -4),
     ],
 )  # fmt: skip

@@ -253,7 +253,7 @@ def test_settings_of_the_command() -> None:
     assert parse_adapt("none", []) == (AdaptConfig(), float("inf"))
     with pytest.raises(UserError, match="say --adapt sgd or --adapt lora"):
         parse_adapt("none", ["score.adapt.sgd.lr=0.5"])
-    with pytest.raises(UserError, match="unknown key score.stride"):
+    with pytest.raises(UserError, match="leave out --set score.stride"):
         parse_adapt("sgd", ["score.stride=3"])
 
 

@@ -349,6 +349,9 @@ def _without_bytes(tokenizer: Tokenizer) -> Tokenizer:
 def test_impossible_sampling(model: Model, settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         model.stream("A", **settings)
+    with pytest.raises(UserError, match="num_tokens = -1 must be at least 0"):
+        model.generate("A", num_tokens=-1)
+    assert model.generate("A", num_tokens=0) == ""
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"top_p": 1e-50}, {"top_k": 10**20, "seed": -7}])
@@ -359,6 +362,6 @@ def test_extreme_sampling(model: Model, settings: dict):
 
 def test_the_package_itself_offers_it():
     assert epigram.Model is Model
-    assert set(epigram.__all__) == {"Model", "load", "__version__"}
+    assert set(epigram.__all__) == {"Model", "load", "__version__"} == set(dir(epigram))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = epigram.nonsense

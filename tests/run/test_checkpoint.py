@@ -14,7 +14,7 @@ from run_helpers import assert_same_training, losses_of, result_of, saved_tensor
 from safetensors import SafetensorError
 
 from epigram.errors import UserError
-from epigram.run import checkpoint, train
+from epigram.run import checkpoint, job, train
 from epigram.run.budget import read_clock
 from epigram.run.checkpoint import Saver, complete, load
 from epigram.run.job import run_job
@@ -161,6 +161,62 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
     saver.close()
     assert names(tmp_path) == ["step-00000005"]
     assert load(tmp_path).part("model")["c"] == -1.0
+
+
+def test_one_that_is_replaced_and_cannot_be_removed_costs_nothing(tmp_path: Path, monkeypatch):
+    """As on a network file system, while somebody reads it."""
+    save_at(tmp_path, 5)
+    real = shutil.rmtree
+
+    def in_use(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists() and path.name == ".writing-before":
+            if not ignore_errors:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            return
+        real(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", in_use)
+        save_at(tmp_path, 5)
+    assert load(tmp_path).state["step"] == 5
+    save_at(tmp_path, 6)
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_where_the_new_one_cannot_have_its_name_the_old_one_keeps_it(tmp_path: Path, monkeypatch):
+    save_at(tmp_path, 5)
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).name == ".writing-00000005":
+            no_room()
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(UserError, match="what was written before is complete"):
+            save_at(tmp_path, 5)
+    assert load(tmp_path).state["step"] == 5
+
+
+def test_one_that_makes_way_while_it_is_read_gives_the_next(tmp_path: Path, monkeypatch):
+    save_at(tmp_path, 5)
+    real = checkpoint._crc
+
+    def late(path: Path) -> int:
+        if path.parent.name == "step-00000005":
+            monkeypatch.setattr(checkpoint, "_crc", real)
+            save_at(tmp_path, 6, keep=1)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_crc", late)
+    assert load(tmp_path).state["step"] == 6
+    save_at(tmp_path, 7, keep=1)
+    with pytest.raises(UserError, match="is damaged"):  # asked for by its own name
+        load(tmp_path / "checkpoints/step-00000006")
+    (tmp_path / "checkpoints/step-00000008").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="step-00000008 is damaged"):  # nothing newer will come for it
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("file", [TENSORS, "state.json"])
@@ -320,16 +376,46 @@ def test_no_run_to_go_on_with(finished: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
+def test_a_run_that_went_on_elsewhere_meanwhile_is_left_alone(
+    data_path: Path, finished: Path, tmp_path: Path, monkeypatch
+):
+    """The first process of a run was told to stop, and wrote a checkpoint after the second had read the one before."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    real = job.resume_session
+
+    def late(session: Session, saved: checkpoint.Checkpoint) -> None:
+        real(session, saved)
+        save_at(run, 9)
+
+    monkeypatch.setattr(job, "resume_session", late)
+    before = (run / "result.json").read_bytes()
+    with pytest.raises(UserError, match="went on from step 8 to 9 in another process, .*: resume again"):
+        go_on(run, "budget.steps=12")
+    assert (run / "result.json").read_bytes() == before
+
+
 def test_results_of_before_are_forgotten(data_path: Path, finished: Path, tmp_path: Path, monkeypatch):
     """A run that is resumed and ends early must not show the score of the model that it had."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     interrupt_in_step(monkeypatch, 8)
+    assert (run / "model.epigram").exists()
     with pytest.raises(KeyboardInterrupt):
         go_on(run, "budget.steps=12")
+    assert not (run / "model.epigram").exists(), "it would be scored as the run's model"
     assert "scores" not in result_of(run)
     assert "total_bytes" not in result_of(run)
     assert tomllib.loads((run / "config.toml").read_text())["budget"]["steps"] == 12
+
+
+def test_a_clock_that_cannot_be_written_costs_no_training(session: Session, record: RunRecord, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+    save_checkpoint(session, record)
+    session.saver.wait()
+    assert load(record.folder).state["step"] == session.step
+    assert "warning: clock.f64 cannot be written" in capsys.readouterr().err
+    assert not list(record.folder.glob(".clock*"))
 
 
 def test_a_checkpoint_holds_what_an_export_needs(session: Session, record: RunRecord):

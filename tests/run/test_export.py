@@ -303,7 +303,7 @@ def test_without_time_left_nothing_is_quantized_again(finished: Path, tmp_path: 
     cap = f"artifact.cap_bytes={int(0.9 * result_of(finished)['artifact_bytes'])}"
     monkeypatch.setattr(job, "left_to_quantize_s", lambda config, result: 0.001)
     monkeypatch.setattr(fit, "quantize_model", lambda *a: pytest.fail("the time was over"))
-    with pytest.raises(OverBudgetError, match=r": 0.0 s of budget.train_s were left, .*: raise budget.calibrate_s or"):
+    with pytest.raises(OverBudgetError, match=r": 0.0 s of budget.train_s were left, .*: raise budget.calibrate_s, or"):
         export_run(finished, tmp_path / "out", cap, "artifact.over_cap=shrink")
     assert result_of(tmp_path / "out")["shrink_factor"] == 1
 
@@ -357,6 +357,8 @@ def test_data_that_were_moved(finished: Path, data_path: Path, tmp_path: Path):
 
 
 def test_another_model(finished: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"does not fit this model.*banks\.down"):
-        export_run(finished, tmp_path / "out", "model.mlp_dim=64")
+    """Also where its weights would fit."""
+    for setting in ("model.mlp_dim=64", "model.softcap=10"):
+        with pytest.raises(UserError, match=rf"an export cannot change the model .*\({setting.partition('=')[0]}\)"):
+            export_run(finished, tmp_path / "out", setting)
     assert not (tmp_path / "out").exists()

@@ -303,7 +303,8 @@ def test_what_a_run_will_write():
 
 
 @pytest.mark.parametrize(
-    ("kept", "message"), [(0, "holds out 0 tokens"), (1, "holds out 1 tokens"), (None, "but the manifest says")]
+    ("kept", "message"),
+    [(0, "holds out 0 tokens"), (1, "holds out 1 tokens"), (None, "is not the file that the manifest")],
 )
 def test_validation_text_that_cannot_be_scored_is_found_before_training(
     data_path: Path, tmp_path: Path, monkeypatch, kept: int | None, message: str

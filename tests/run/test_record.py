@@ -94,6 +94,8 @@ def test_log_lines_keep_their_form(tmp_path, capsys):
     ("budget", "expected"),
     [
         ({"steps": 50, "train_s": 5.0}, 50),
+        ({"steps": 50, "max_steps": 40}, 40),
+        ({"steps": 50, "max_steps": 90}, 50),
         ({"train_s": 100.0, "calibrate_s": 20.0}, 160),
         ({"train_s": 100.0, "max_steps": 90}, 90),
         ({"train_s": 10.0, "max_steps": 900}, 20),
@@ -282,6 +284,31 @@ def test_a_used_folder_is_refused_and_untouched(tmp_path):
         RunRecord(tmp_path, CONFIG, resume=True)
     with pytest.raises(UserError, match="thesis.txt is a file: a run needs a folder"):
         RunRecord(tmp_path / "thesis.txt", CONFIG)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_two_cannot_write_one_run(tmp_path):
+    """As where a cluster starts a run again before its first process has ended."""
+    folder = tmp_path / "run"
+    with RunRecord(folder, CONFIG) as run:
+        run.update(steps=3)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match="run is in use, another process is writing this run: wait until"):
+            RunRecord(folder, {}, resume=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with RunRecord(folder, CONFIG, resume=True):
+        pass
+    assert result_of(folder)["status"] == "finished"
+
+
+def test_letters_that_the_output_lacks_cost_no_training(tmp_path, capsys, monkeypatch):
+    with RunRecord(tmp_path / "run", CONFIG) as run:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+        run.log("┌──┐")
+    monkeypatch.undo()
+    assert result_of(tmp_path / "run")["status"] == "finished"
+    assert (tmp_path / "run/log.txt").read_text("utf-8") == "┌──┐\n"
+    assert "warning: the output cannot be written" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):

@@ -228,6 +228,27 @@ def test_a_run_on_a_full_disk(tmp_path, capsys):
     assert "The run failed: OSError: [Errno 28] No space left on device" in page_of(tmp_path / "run").text
 
 
+def test_only_a_report_is_replaced(run_folder, tmp_path):
+    page = tmp_path / "page.html"
+    page.touch()
+    for _ in range(2):
+        build.build([run_folder], page)
+    page.write_text("notes about epigram")
+    with pytest.raises(UserError, match="page.html is no report, and would be lost"):
+        build.build([run_folder], page)
+    assert page.read_text() == "notes about epigram"
+
+
+def test_what_a_run_says_of_its_limits_is_the_verdict(run_folder):
+    """Not what its times look like: with counted steps no time is over, and scores have a limit too."""
+    path = run_folder / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "train_s": 1e6, "over_budget": []}))
+    assert "Finished within its cap and its time." in page_of(run_folder).text
+    path.write_text(json.dumps({**result, "over_budget": ["scoring took 2.0 s of 1.0 s"]}))
+    assert "Finished, but scoring took 2.0 s of 1.0 s." in page_of(run_folder).text
+
+
 def test_a_killed_run(run_folder):
     """No result was written at the end, and the last line of the metrics is half a line."""
     (run_folder / "result.json").unlink()

@@ -38,9 +38,9 @@ def check(request: Request) -> str | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """See `epigram.attention.base`. Queries that follow cached keys, which only generation has, go the way of sdpa."""
-    assert window == 0 or window >= k.shape[1], "check() refuses windows"
-    if q.shape[1] != k.shape[1] or q.shape[1] == 1:  # cuDNN's causal mask counts queries from the first key
-        return sdpa.attend(q, k, v, 0)
+    """See `epigram.attention.base`. What only generation has goes the way of sdpa: queries that follow cached keys, and
+    texts longer than the cache, whose length is then every layer's window."""
+    if q.shape[1] != k.shape[1] or q.shape[1] == 1 or 0 < window < k.shape[1]:
+        return sdpa.attend(q, k, v, window)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa.unmasked(q, k, v, causal=True)

@@ -98,8 +98,8 @@ class ModelConfig:
         for name in ("softcap", "mlp_slope"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"{name} = {getattr(self, name)} must be 0 or a positive number")
-        if not math.isfinite(self.qk_gain):
-            found.append(f"qk_gain = {self.qk_gain} must be a number")
+        if not math.isfinite(self.qk_gain) or self.qk_gain == 0:  # from 0 fused kernels would never learn
+            found.append(f"qk_gain = {self.qk_gain} must be a number other than 0")
         if self.isolated and not 0 <= self.bos_id < self.vocab_size:
             found.append(
                 f'documents = "isolated" needs the token that documents begin with, and bos_id = {self.bos_id} is none '

@@ -69,6 +69,8 @@ class Model:
         known = [field.name for field in fields(Sampling)]
         if unknown := sorted(sampling.keys() - known):
             raise TypeError(f"generate has no setting {', '.join(unknown)}: it has {', '.join(known)}")
+        if num_tokens < 0:
+            raise UserError(f"num_tokens = {num_tokens} must be at least 0")
         try:
             settings = Sampling(**sampling)
         except ValueError as error:

@@ -89,8 +89,11 @@ def read_clock(run: Path) -> list[float]:
 def write_clock(run: Path, times_s: Sequence[float]) -> None:
     """Record the elapsed seconds at the start of every step, whole or not at all."""
     beside = run / f".{CLOCK_FILE}.tmp"
-    beside.write_bytes(np.asarray(times_s, dtype="<f8").tobytes())
-    os.replace(beside, run / CLOCK_FILE)
+    try:
+        beside.write_bytes(np.asarray(times_s, dtype="<f8").tobytes())
+        os.replace(beside, run / CLOCK_FILE)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

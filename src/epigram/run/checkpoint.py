@@ -179,21 +179,36 @@ def complete(run: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.match(path.name)) if folder.is_dir() else []
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def forecast_bytes(parts: Parts) -> int:
     """What a checkpoint of these tensors will take on the disk."""
     return _HEADER_BYTES + sum(t.numel() * t.element_size() for named in parts.values() for t in named.values())
 
 
 def load(path: Path) -> Checkpoint:
-    """A checkpoint folder, or the newest one of a run folder. Raises UserError when there is none or it is damaged."""
-    if not _NAME.match(path.name):
-        found = complete(path)
-        if not found:
-            raise UserError(
-                f"{path} holds no complete checkpoint: name another run (one is written at the end of training, and "
-                "before it every run.checkpoint_every_s seconds)"
-            )
-        path = found[-1]
+    """A checkpoint folder, or the newest one of a run folder, which may be writing others meanwhile.
+
+    Raises UserError when there is none or it is damaged.
+    """
+    if _NAME.match(path.name):
+        return _load(path)
+    while found := complete(path):
+        try:
+            return _load(found[-1])
+        except UserError:
+            if os.path.lexists(found[-1]):  # else it made way for a newer one
+                raise
+    raise UserError(
+        f"{path} holds no complete checkpoint: train it again, or name another run (one is written at the end of "
+        "training, and before it every run.checkpoint_every_s seconds)"
+    )
+
+
+def _load(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / STATE).read_text("utf-8"))
         if not isinstance(state, dict) or not state.keys() >= {*_STATE, "files"}:
@@ -250,7 +265,8 @@ def _write_beside(
 def _complete(run: Path, step: int, num_bytes: int, state: str, keep: int) -> None:
     """Add the state to the tensors' folder, give it its name, and drop older ones.
 
-    A checkpoint of this step that is there already (a run resumed at its end) makes way.
+    A checkpoint of this step that is there already (a run resumed at its end) makes way, and goes when this one has its
+    name.
     """
     beside, target = _beside(run, step), run / FOLDER / f"step-{step:08d}"
     paths = [path for path in beside.iterdir() if path.name.endswith(_TENSORS)]
@@ -260,11 +276,19 @@ def _complete(run: Path, step: int, num_bytes: int, state: str, keep: int) -> No
     (beside / STATE).write_text(json.dumps({**json.loads(state), "files": files}), "utf-8")
     for path in (beside / STATE, beside):
         _flush(path)
+    before = target.with_name(".writing-before")
     if target.exists():
-        os.replace(target, old := target.with_name(".writing-old"))
-        shutil.rmtree(old)
-    os.replace(beside, target)
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(target, before)
+    try:
+        os.replace(beside, target)
+    except OSError:
+        if before.exists():
+            os.replace(before, target)
+        raise
     _flush(target.parent)
+    if before.exists():
+        shutil.rmtree(before, ignore_errors=True)
     for old in complete(run)[:-keep] if keep else []:
         # Under another name first: a run that is killed meanwhile must not leave half of one under this.
         os.replace(old, gone := old.with_name(f".writing-{old.name}"))

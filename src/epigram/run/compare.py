@@ -75,7 +75,11 @@ def read_scored(path: Path) -> Scored:
     run = read_run(path)
     best, seed = best_score(run), run.result.get("seed", run.config.get("seed"))
     if run.result.get("status") != "finished" or best is None:
-        raise UserError(f"{path} is no finished run with a score: finish it with epigram train --resume {path}")
+        begun = any((path / "checkpoints").glob("step-*"))
+        remedy = (
+            f"finish it with epigram train --resume {path}" if begun else "train it again, no checkpoint was written"
+        )
+        raise UserError(f"{path} is no finished run with a score: {remedy}")
     model, method, row = best
     if not isinstance(seed, int) or not is_number(row.get("val_nats")):
         raise UserError(

@@ -141,8 +141,8 @@ def over_budget(config: Config, result: dict[str, Any]) -> list[str]:
     check = cap_check(config, result["total_bytes"] - config.artifact.code_bytes)
     if not check.fits:
         advice = (
-            'raise quant.grid.sigma or let it be raised (artifact.over_cap = "shrink"), shrink the model, or export '
-            "with another codec"
+            "raise quant.grid.sigma.mlp and .attention, or let them be raised "
+            '(artifact.over_cap = "shrink"), shrink the model, or export with another codec'
         )
         found.append(f"artifact and code take too many bytes: {check}: {result.get('not_shrunk', advice)}")
     scored_s, stopped = scoring_s(result), result.get("adapt_stopped")

@@ -193,12 +193,12 @@ def _why_not(found: Search, cap_bytes: int, left_s: float) -> str:
     if not found.tries:
         return (
             f"{max(left_s, 0):.1f} s of budget.train_s were left, too few to quantize once more with wider steps: "
-            "raise budget.calibrate_s or quant.grid.sigma"
+            "raise budget.calibrate_s, or quant.grid.sigma.attention and .mlp"
         )
     last = found.tries[-1]
     still = f"with steps {last.factor:.4g} times as wide it would still be {last.total_bytes - cap_bytes:,} bytes over"
     if found.no_time:
-        return f"{still}, and there was no time for another try: raise budget.calibrate_s or quant.grid.sigma"
+        return f"{still}, and there was no time for another try: raise budget.calibrate_s, or quant.grid.sigma.mlp"
     return f"{still}: shrink the model, export with another codec, or raise artifact.cap_bytes"
 
 

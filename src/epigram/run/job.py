@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def run_job(
             session = build_session(config, data, context)
         if saved is not None:  # before the folder is touched: what does not fit must not change it
             resume_session(session, saved)
-        with _record(resume or out or _new_folder(config.recipe, context), config, context, bool(resume)) as record:
+        unchanged = partial(_require_newest, resume, session.step) if resume else None
+        with _record(resume or out or _new_folder(config.recipe, context), config, context, unchanged) as record:
             try:
                 _begin(session, record)
                 _log_time(record, times, "setup_s", "set-up of model and kernels")
@@ -84,7 +86,7 @@ def run_job(
                     finish_run(config, session.model, session.losses, data, context, record)
             finally:
                 session.close()
-        return _checked(config, record) if until == "export" else _result(record)
+        return _checked(record) if until == "export" else _result(record)
 
 
 def export_job(
@@ -102,6 +104,7 @@ def export_job(
     """
     with open_context(device) as context:
         config, saved = run_config(run, overrides), checkpoint.load(run)
+        _require_same_model(run_config(run, ()), config)
         data = prepare_data(data_path or _data_of(saved), config)
         check_fit(config, data)
         if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
@@ -116,7 +119,7 @@ def export_job(
             record.update(**facts, exported_from=str(run.resolve()), paths=paths)
             losses = scoring_losses(model, compiled, config.run.attention, context)
             finish_run(config, model, losses, data, context, record)
-        return _checked(config, record)
+        return _checked(record)
 
 
 def run_config(run: Path, overrides: Sequence[str]) -> Config:
@@ -124,6 +127,13 @@ def run_config(run: Path, overrides: Sequence[str]) -> Config:
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no run folder: it has no {CONFIG}")
     return load_recipe(str(run / CONFIG), overrides)
+
+
+def _require_same_model(trained: Config, config: Config) -> None:
+    names = [field.name for field in fields(config.model)]
+    if changed := [name for name in names if getattr(config.model, name) != getattr(trained.model, name)]:
+        settings = ", ".join(f"model.{name}" for name in changed)
+        raise UserError(f"an export cannot change the model that was trained ({settings}): train one with this setting")
 
 
 def _data_of(saved: checkpoint.Checkpoint) -> str:
@@ -186,6 +196,7 @@ def finish_run(
     if config.run.compressors and context.is_main:
         record.update(compressors=compressor_rows(data))
     if context.is_main:
+        record.update(over_budget=over_budget(config, record.result))
         log_summary(record)
 
 
@@ -283,6 +294,7 @@ def _check_held_out(data: DataFolder) -> None:
     tokens = data.stream("val")
     if len(tokens) < 2:
         raise UserError(f"{data.path} holds out {len(tokens)} tokens, and a score needs two: build it with more text")
+    data.verify("val")
     check_bytes(tokens, data.tokenizer.byte_tables(), data.split_bytes("val"), data.byte_counts("val"))
 
 
@@ -339,8 +351,8 @@ def _validation(row: dict[str, Any]) -> dict[str, float]:
     return {"val_nats": row["val_nats"], "val_bpb": row["val_bpb"]}
 
 
-def _checked(config: Config, record: RunRecord) -> dict[str, Any]:
-    if record.writes and (problems := over_budget(config, record.result)):
+def _checked(record: RunRecord) -> dict[str, Any]:
+    if record.writes and (problems := record.result["over_budget"]):
         raise OverBudgetError(f"{record.folder}: " + "; ".join(problems))
     return _result(record)
 
@@ -349,10 +361,19 @@ def _result(record: RunRecord) -> dict[str, Any]:
     return {"run": str(record.folder), **record.result} if record.writes else {}
 
 
-def _record(folder: Path, config: Config, context: Context, resume: bool = False) -> RunRecord:
-    """The record in `folder`; when rank 0 cannot use it, no rank goes on."""
+def _record(folder: Path, config: Config, context: Context, resume: Callable[[], None] | None = None) -> RunRecord:
+    """The record in `folder`; when rank 0 cannot use it, no rank goes on. resume: see `ready` of `RunRecord`."""
+    tree, resumed = to_tree(config), resume is not None
     with collectives.together(context):
-        return RunRecord(folder, to_tree(config), writers=config.run.writers, resume=resume, rank=context.rank)
+        return RunRecord(folder, tree, writers=config.run.writers, resume=resumed, ready=resume, rank=context.rank)
+
+
+def _require_newest(run: Path, step: int) -> None:
+    """Raises UserError where the checkpoint of `step`, which has been read, is not the run's last one any more."""
+    if (found := checkpoint.complete(run)) and (newest := checkpoint.step_of(found[-1])) != step:
+        raise UserError(
+            f"{run} went on from step {step} to {newest} in another process, which has ended meanwhile: resume again"
+        )
 
 
 def _new_folder(recipe: str, context: Context) -> Path:

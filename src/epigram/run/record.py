@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from typing import Any, Self
 import tomli_w
 
 from epigram import plugin
+from epigram.data.files import held_alone
 from epigram.dist import watch
 from epigram.errors import StoppedError, UserError
 from epigram.run.writers.base import PACKAGE, MetricsWriter
@@ -62,8 +63,9 @@ class RunRecord:
     """A run folder that is being written; a context manager, so that a run which fails says so in its result.
 
     folder: created; must be new or empty, unless `resume`. config: the resolved configuration as nested
-    tables. writers: metrics writers beside `jsonl`, by name. Raises UserError when the folder cannot be used
-    or a writer's library is missing; nothing is left behind then.
+    tables. writers: metrics writers beside `jsonl`, by name. ready: called when no other process can write the folder
+    any more, and before this one does. Raises UserError when the folder cannot be used or a writer's library is
+    missing; nothing is left behind then.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class RunRecord:
         *,
         writers: Sequence[str] = (),
         resume: bool = False,
+        ready: Callable[[], None] | None = None,
         rank: int = 0,
     ) -> None:
         self.folder, self.writes = Path(folder), rank == 0
@@ -85,15 +88,23 @@ class RunRecord:
             return
         modules = [plugin.load(PACKAGE, name) for name in dict.fromkeys(("jsonl", *writers))]
         _check_folder(self.folder, resume)
+        self._held = ExitStack()
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(held_alone(self.folder, "writing this run: wait until it has ended, or stop it"))
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        try:
+            if ready is not None:
+                ready()
             self._open(config, resume)
             self._writers = [m.Writer(self.folder, self.folder.resolve().name, config) for m in modules]
         except Exception as error:
             if not resume:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            self._held.close()
             if isinstance(error, OSError):
-                reason = error.strerror or error
-                raise UserError(f"the run folder {self.folder} cannot be written: {reason}") from error
+                raise _unwritable(self.folder, error) from error
             raise
 
     def __enter__(self) -> Self:
@@ -126,8 +137,8 @@ class RunRecord:
     def log(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
         if self.writes:
-            self._try("the output", partial(_say, line))
-            self._try(LOG, partial(print, line, file=self._log, flush=True))
+            self.attempt("the output", partial(_say, line))
+            self.attempt(LOG, partial(print, line, file=self._log, flush=True))
 
     def step(self, *, step: int, elapsed_s: float, train_loss: float, **values: Any) -> None:
         """A logged training step: the stable line and a row of metrics.
@@ -148,7 +159,7 @@ class RunRecord:
         """A row of metrics for every writer. Numbers that are not finite are stored as null."""
         row = _plain(row)
         for writer in self._writers:
-            self._try("metrics", partial(writer.write, row))
+            self.attempt("metrics", partial(writer.write, row))
 
     def score(self, model: str, method: str, row: Mapping[str, Any]) -> None:
         """A final score: its stable line, and its row under result["scores"][model][method].
@@ -172,7 +183,6 @@ class RunRecord:
             self._store("running")
 
     def _open(self, config: Mapping[str, Any], resume: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / CONFIG, tomli_w.dumps(config))
         (self.folder / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))
         if resume:
@@ -182,11 +192,12 @@ class RunRecord:
         self._store("running")
         self._log = (self.folder / LOG).open("a", encoding="utf-8")
 
-    def _try(self, what: str, write: Callable[[], Any]) -> None:
-        """A full disk or a reader that went away is told, once each, and costs no training."""
+    def attempt(self, what: str, write: Callable[[], Any]) -> None:
+        """A full disk, a reader that went away or letters that the output lacks are told, once each, and cost no
+        training."""
         try:
             write()
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:
             if what not in self._lost:
                 self._lost.add(what)
                 with suppress(OSError):
@@ -211,18 +222,23 @@ class RunRecord:
             lambda: self._store(status, reason),
             lambda: self.log(f"run {status}: {reason}") if reason else None,
             *(partial(writer.close, result) for writer in self._writers),
-            partial(self._try, LOG, self._log.close),
+            partial(self.attempt, LOG, self._log.close),
         ]
         problems = []
-        for part in parts:
-            try:
-                part()
-            except OSError as error:
-                problems.append(error)
+        with self._held:
+            for part in parts:
+                try:
+                    part()
+                except OSError as error:
+                    problems.append(error)
         if problems and status == "finished":
             raise problems[0]
         if problems:  # the error that ended the run is on its way; this one is mentioned beside it
             print(f"the end of the run is not all on disk in {self.folder}: {problems[0]}", file=sys.stderr)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"the run folder {folder} cannot be written: {error.strerror or error}")
 
 
 def _say(line: str) -> None:
@@ -241,9 +257,10 @@ def num_steps(budget: Mapping[str, Any], step: int, elapsed_s: float) -> int:
     budget: the table of the config, with steps, max_steps, train_s and calibrate_s where they are set. The
     answer is never below `step`.
     """
-    if budget.get("steps"):
-        return max(int(budget["steps"]), step)
     limit = int(budget.get("max_steps", 0)) or None
+    if budget.get("steps"):
+        counted = int(budget["steps"])
+        return max(min(counted, limit or counted), step)
     train_s = float(budget.get("train_s", 0)) - float(budget.get("calibrate_s", 0))
     if train_s > 0 and elapsed_s > 0:
         paced = round(step * train_s / elapsed_s)
@@ -279,7 +296,9 @@ def check_new(folder: Path) -> None:
     if used and not folder.is_dir():
         raise UserError(f"{folder} is a file: a run needs a folder, choose another name")
     if used:
-        raise UserError(f"{folder} is not empty: choose another folder, or go on with its run by --resume")
+        raise UserError(
+            f"{folder} is not empty: choose another folder, or go on with its run: epigram train --resume {folder}"
+        )
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

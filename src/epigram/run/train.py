@@ -4,6 +4,7 @@ import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from epigram.optim import schedule
 from epigram.optim.base import restore
 from epigram.optim.gradients import Gathered
 from epigram.run import checkpoint
-from epigram.run.budget import WallClock, not_counted, write_clock
+from epigram.run.budget import CLOCK_FILE, WallClock, not_counted, write_clock
 from epigram.run.decision import agree
 from epigram.run.drift import check_replicas
 from epigram.run.graphs import Key
@@ -26,6 +27,7 @@ from epigram.run.pace import Pace
 from epigram.run.record import RunRecord
 from epigram.run.setup import Engine, Session, random_state, restore_random, state_of
 from epigram.run.signals import listening
+from epigram.run.weights import ARTIFACT
 
 UPDATE = "epigram update"
 """In a profile, the range in which gradients become new weights: what is launched there is the optimizer's."""
@@ -116,6 +118,8 @@ def train(session: Session, record: RunRecord, validate: Callable[[], dict[str, 
                 pace.drain()
                 with not_counted(session.clock, watch):
                     record.validation(step=session.step, elapsed_s=decision.elapsed_s, **validate())
+            if session.step == first_step and record.writes:  # whoever loads the run would get the model of before
+                (record.folder / ARTIFACT).unlink(missing_ok=True)
             session.times_s.append(decision.elapsed_s)
             plan = plan_step(session, decision.elapsed_s)
             measured = train_step(session, plan)
@@ -237,7 +241,7 @@ def save_checkpoint(session: Session, record: RunRecord) -> None:
     }
     parts = {**state_of(session), "random": random_state(session.context.device)}
     if record.writes:
-        write_clock(record.folder, session.times_s)
+        record.attempt(CLOCK_FILE, partial(write_clock, record.folder, session.times_s))
     session.saver.save(record.folder, session.step, parts, state, session.config.run.checkpoint_keep)
 
 

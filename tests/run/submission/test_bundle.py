@@ -126,6 +126,14 @@ def test_stripping_keeps_the_program():
     assert stripped(text) == "x = 'kept'\n\nclass A:\n    pass\n\ndef f():\n    return 'b'\n"
 
 
+def test_only_annotations_that_nothing_reads_are_stripped():
+    """A decorator may read those of its function, and classes are read for their fields."""
+    kept = "class A:\n    x: int = 0\n\n@op\ndef f(x: int) -> int:\n    return x\n\n"
+    assert stripped(kept) == kept.rstrip("\n") + "\n"
+    text = "def g(a: int, /, b: A = 0, *c: str, d: A, **e: list[A]) -> A:\n    y: int = a\n    return y\n"
+    assert stripped(text) == "def g(a, /, b=0, *c, d, **e):\n    y: int = a\n    return y\n"
+
+
 def test_a_script_of_another_kind_is_none_of_ours():
     assert unpacked("import torch\nprint(1)\n") is None
     with pytest.raises(UserError, match="cannot be read"):

@@ -1,9 +1,12 @@
 """`epigram submit`: the folder, its numbers against the runs' own results, and what it refuses."""
 
+import errno
 import json
 import math
+import os
 import shutil
 import statistics
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +125,15 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path):
 
 
 # -- logs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_written(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def read_only(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), ".out.x")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", read_only)
+    with pytest.raises(UserError, match=r"out cannot be written \(Read-only file system\): name another place"):
+        submit(runs, tmp_path / "out", ABOUT)
 
 
 def test_our_log(good: Path, runs: list[Path]):

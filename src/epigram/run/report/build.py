@@ -74,8 +74,11 @@ class RunView:
 def build(folders: Sequence[Path], out: Path) -> list[Run]:
     """Write the page about the runs in `folders` to `out`; returns what was read.
 
-    A run may be of any state. Raises UserError when a folder is no run or the page cannot be written.
+    A run may be of any state. Raises UserError when a folder is no run, the page cannot be written, or `out` holds
+    something else.
     """
+    if out.exists() and not _is_report(out):
+        raise UserError(f"{out} is no report, and would be lost: name another file with --out")
     runs = [read_run(folder) for folder in folders]
     page = render(runs)
     try:
@@ -84,6 +87,16 @@ def build(folders: Sequence[Path], out: Path) -> list[Run]:
     except OSError as error:
         raise UserError(f"the report {out} cannot be written: {error.strerror}") from error
     return runs
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file begins as this page does, or did."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(1 << 12)
+    except OSError as error:
+        raise UserError(f"the report {path} cannot be written: {error.strerror}") from error
+    return not beginning or (b"<html" in beginning and b"epigram" in beginning)
 
 
 def render(runs: Sequence[Run]) -> str:

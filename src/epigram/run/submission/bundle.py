@@ -5,9 +5,10 @@ folder before it imports them. A folder, and not an importer over a dictionary, 
 wants files: plug-ins are found by walking folders, recipes are package data, Triton and the compilers of FlashAttention
 read the source of their kernels, and a traceback shows lines. It costs a few milliseconds a process.
 
-Two forms. `readable`: each module as it is in the repository, in a raw string. `packed`: the same without comments and
-docstrings, whose syntax tree is proved equal to the original's, compressed with bzip2 (4 % less than LZMA here) and
-written as bytes into a string, in a source file that declares itself Latin-1: base 85 would add a quarter.
+Two forms. `readable`: each module as it is in the repository, in a raw string. `packed`: the same without comments,
+docstrings and annotations that nothing reads (3 % of the bytes), whose syntax tree is proved equal to the original's in
+all else, compressed with bzip2 (4 % less than LZMA here) and written as bytes into a string, in a source file that
+declares itself Latin-1: base 85 would add a quarter.
 """
 
 import ast
@@ -232,14 +233,19 @@ def _longest_text(tree: ast.AST) -> str:
 
 @cache
 def stripped(text: str) -> str:
-    """`text` without comments and docstrings; nothing else differs, which is checked on the syntax tree."""
+    """`text` without comments, docstrings, and annotations of functions that have no decorator, which might read them;
+    nothing else differs, which is checked on the syntax tree."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list:
+            node.returns = None
+            for argument in (part for part in ast.walk(node.args) if isinstance(part, ast.arg)):
+                argument.annotation = None
         if isinstance(body := getattr(node, "body", None), list):
             kept = [statement for statement in body if not _is_remark(statement)]
             node.body = kept or ([] if isinstance(node, ast.Module) else [ast.Pass()])  # type: ignore[attr-defined]
     bare = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
-    assert ast.dump(ast.parse(bare)) == ast.dump(tree), "taking out comments changed the program"
+    assert ast.dump(ast.parse(bare)) == ast.dump(tree), "taking out comments and annotations changed the program"
     return bare
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from epigram.artifact.size import CapCheck
 from epigram.config import Config, load_recipe, to_tree
-from epigram.data.files import sha256_of
+from epigram.data.files import sha256_of, unwritable_explained
 from epigram.errors import UserError
 from epigram.evaluation.adapt_config import adapted
 from epigram.run import statistics
@@ -99,9 +99,11 @@ def submit(
     config = _shared_config(sources)
     code = single_file(config, form)
     _require_fit(sources, len(code), form)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        beside = Path(scratch) / "record"
+    with unwritable_explained(out, "name another place with --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    with scratch as place:
+        beside = Path(place) / "record"
         beside.mkdir()
         (beside / SCRIPT).write_bytes(code)
         facts = [_write_run(source, beside, artifacts) for source in sources]
