@@ -8,6 +8,8 @@ import pytest
 
 from epigram.cli.main import main
 
+_HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
 
 class Outcome(NamedTuple):
     """Exit code, standard output, standard error."""
@@ -26,13 +28,14 @@ class Shell:
     def __call__(self, *arguments: object) -> Outcome:
         self._monkeypatch.setattr(sys, "argv", ["epigram", *map(str, arguments)])
         self._capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in _HANDLED}
         try:
             main()
         except SystemExit as stop:
             code = stop.code or 0
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         assert isinstance(code, int)
         return Outcome(code, *self._capsys.readouterr())
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 import pytest
 from click.testing import CliRunner
 
-from epigram.cli.report import command
+from epigram.cli.main import command
 from epigram.errors import UserError
 from epigram.run.record import RunRecord
 from epigram.run.report import build, summary, tables
@@ -421,13 +421,13 @@ def test_the_model_stands_among_the_compressors(run_folder):
 
 
 def test_command(run_folder, tmp_path, monkeypatch):
-    done = CliRunner().invoke(command, [str(run_folder)])
+    done = CliRunner().invoke(command, ["report", str(run_folder)])
     assert done.exit_code == 0, done.output
     assert (run_folder / "report.html").read_text().startswith("<!doctype html>")
     out = tmp_path / "new" / "page.html"
     copy = shutil.copytree(run_folder, run_folder.parent / "copy")
     (copy / "config.toml").unlink()
-    done = CliRunner().invoke(command, [str(run_folder), str(copy), "--out", str(out), "--json"])
+    done = CliRunner().invoke(command, ["report", str(run_folder), str(copy), "--out", str(out), "--json"])
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "report": str(out),
         "runs": ["first", "copy"],
@@ -436,7 +436,7 @@ def test_command(run_folder, tmp_path, monkeypatch):
     assert "copy: config.toml is missing" in done.stderr
     assert out.exists()
     monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(command, [str(run_folder), str(copy)]).exit_code == 0
+    assert CliRunner().invoke(command, ["report", str(run_folder), str(copy)]).exit_code == 0
     assert (tmp_path / "report.html").exists()
 
 

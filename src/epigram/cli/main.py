@@ -1,5 +1,6 @@
 """The `epigram` command. Nothing heavy is imported until a command runs, so that --help answers at once."""
 
+import codecs
 import io
 import os
 import signal
@@ -46,8 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, _terminate)  # the terminal is gone
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # tables have letters that an output may lack
+    for stream in (sys.stdout, sys.stderr):  # tables have letters that an output may lack
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="replace")
     if hasattr(signal, "SIGUSR1"):  # outside of training there is nothing to save, and no reason to die
         signal.signal(signal.SIGUSR1, _ignore)
