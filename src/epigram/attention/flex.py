@@ -16,7 +16,11 @@ from epigram.attention.base import Request, with_documents
 from epigram.compiling import compile_shapes
 
 _TILE = 128
-_PARTS = ("num_blocks", "indices")  # of a BlockMask's lists of tiles, as `_ordered` returns them
+_LISTS = (
+    "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+    "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
+)  # fmt: skip
+"""A BlockMask's lists of tiles: of each row of queries, then of each column of keys; first those with a mask."""
 
 
 def check(request: Request) -> str | None:
@@ -89,10 +93,9 @@ def block_mask(
         full = full & (left >= last - last_reach)
     maps = [tiles if tiles.dim() == 4 else tiles[None, None] for tiles in (touched & ~full, full)]
     lists = [part for tiles in (*maps, *(tiles.mT for tiles in maps)) for part in _ordered(tiles)]
-    names = [f"{kind}{side}_{part}" for side in ("kv", "q") for kind in ("", "full_") for part in _PARTS]
     return BlockMask(
         seq_lengths=(num_queries, num_keys),
-        **dict(zip(names, lists if reach is None else laid_out(lists), strict=True)),
+        **dict(zip(_LISTS, lists if reach is None else laid_out(lists), strict=True)),
         BLOCK_SIZE=(_TILE, _TILE),
         mask_mod=visible,
     )

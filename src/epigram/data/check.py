@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from epigram.data.dataset import DataFolder, allow_validation, open_data
 from epigram.data.files import sha256_of
-from epigram.data.manifest import MANIFEST, Manifest, document_hashes, hash64, read_hashes, read_manifest
+from epigram.data.manifest import MANIFEST, Manifest, altered, document_hashes, hash64, read_hashes, read_manifest
 from epigram.data.shards import Shard
 from epigram.data.split_writer import count_shared
 from epigram.data.transforms.base import count_original
@@ -61,8 +61,8 @@ def check(
         manifest = read_manifest(folder)
     except DataError as error:
         return _errors([str(error)])
-    if altered := list(_check_hashes(folder, manifest)):
-        return _errors(altered)  # nothing read from altered files would mean anything
+    if problems := list(_check_hashes(folder, manifest)):
+        return _errors(problems)  # nothing read from altered files would mean anything
     return _errors(_check_contents(folder, manifest, tokenizer_file))
 
 
@@ -84,12 +84,8 @@ def _check_hashes(folder: Path, manifest: Manifest) -> Iterator[str]:
         expected[split.hashes.file] = split.hashes.sha256
     with Progress("hashing", total=len(expected), unit="files") as progress:
         for file, sha256 in expected.items():
-            if not (folder / file).is_file():
-                yield f"{file} is missing: restore it, or build the data again"
-            elif sha256_of(folder / file) != sha256:
-                yield (
-                    f"{file} is not the file that the manifest describes (its hash differs): restore or build it again"
-                )
+            if problem := altered(folder, file, sha256):
+                yield problem
             progress.advance()
     if extra := {path.name for path in folder.glob("*.bin")} - set(expected):
         yield f"the manifest knows nothing of {', '.join(sorted(extra))}: remove what does not belong here"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epigram.data.files import sha256_of
-from epigram.data.manifest import MANIFEST, SPLITS, Manifest, read_hashes, read_manifest
+from epigram.data.manifest import MANIFEST, SPLITS, Manifest, altered, read_hashes, read_manifest
 from epigram.data.shards import Shard, open_shard
 from epigram.data.tokenizer import Tokenizer
 from epigram.data.transforms.base import count_original, marked_by
@@ -108,11 +108,8 @@ class DataFolder:
         """Raises DataError when a file of a split is not the one of the manifest; without one nothing is known."""
         entries = self.manifest.splits[name] if self.manifest else None
         for entry in (*entries.shards, *entries.byte_counts) if entries else ():
-            if sha256_of(self.path / entry.file) != entry.sha256:
-                raise DataError(
-                    f"{self.path / entry.file} is not the file that the manifest describes (its hash differs): restore "
-                    "it, or build the data again"
-                )
+            if problem := altered(self.path, entry.file, entry.sha256):
+                raise DataError(f"{self.path}: {problem}")
 
     @property
     def transform(self) -> str:

@@ -14,7 +14,7 @@ import cattrs
 import numpy as np
 from numpy.typing import NDArray
 
-from epigram.data.files import written_beside
+from epigram.data.files import sha256_of, written_beside
 from epigram.errors import DataError
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
@@ -192,6 +192,15 @@ def hash64(data: bytes) -> int:
 def hashes_name(split: str) -> str:
     """File name of the document hashes of a split."""
     return f"documents_{split}.bin"
+
+
+def altered(folder: Path, file: str, sha256: str) -> str | None:
+    """What is wrong with a file that should have this hash, in a sentence; None when nothing is."""
+    if not (folder / file).is_file():
+        return f"{file} is missing: restore it, or build the data again"
+    if sha256_of(folder / file) != sha256:
+        return f"{file} is not the file that the manifest describes (its hash differs): restore or build it again"
+    return None
 
 
 def read_hashes(folder: Path, split: SplitEntry) -> NDArray[np.uint64]:

@@ -75,11 +75,10 @@ def read_scored(path: Path) -> Scored:
     run = read_run(path)
     best, seed = best_score(run), run.result.get("seed", run.config.get("seed"))
     if run.result.get("status") != "finished" or best is None:
-        begun = any((path / "checkpoints").glob("step-*"))
-        remedy = (
-            f"finish it with epigram train --resume {path}" if begun else "train it again, no checkpoint was written"
-        )
-        raise UserError(f"{path} is no finished run with a score: {remedy}")
+        from epigram.run.checkpoint import complete  # torch, which no comparison needs
+
+        resumed, again = f"finish it with epigram train --resume {path}", "train it again, no checkpoint was written"
+        raise UserError(f"{path} is no finished run with a score: {resumed if complete(path) else again}")
     model, method, row = best
     if not isinstance(seed, int) or not is_number(row.get("val_nats")):
         raise UserError(

@@ -109,6 +109,9 @@ def export_job(
         check_fit(config, data)
         if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
             raise UserError(f"{data.path} has another tokenizer than {run} was trained with: name the data of the run")
+        with collectives.together(context):
+            if context.is_main:
+                _check_held_out(data)
         work = scoring_work(config.score.seq_len, config.score.batch_tokens)
         model, compiled, paths = build_model(config, context, work)
         weights = final_weights(saved, averaged=config.average.mode != "none")

@@ -28,7 +28,7 @@ def launch(num_processes: int, recipe: str | None = None, overrides: Sequence[st
     try:
         code = launcher.wait()
     except BaseException as stop:
-        _stop(launcher, signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+        _end(launcher, stop)
         raise
     if code in torchrun.STOPPED:
         raise SystemExit(code)
@@ -60,18 +60,16 @@ def _start(command: list[str]) -> subprocess.Popen:
     return launcher
 
 
-def _stop(launcher: subprocess.Popen, number: int) -> None:
-    """Pass a signal on, and those that follow it: the first asks for the run folder to be completed, the next for the
-    end."""
+def _end(launcher: subprocess.Popen, stop: BaseException) -> None:
+    """Pass on what stopped this process, and what follows: the first asks for the run folder to be completed, the next
+    for the end."""
     while True:
-        launcher.send_signal(number)
+        launcher.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
         try:
             launcher.wait()
             return
-        except KeyboardInterrupt:
-            number = signal.SIGINT
-        except SystemExit:
-            number = signal.SIGTERM
+        except (KeyboardInterrupt, SystemExit) as again:
+            stop = again
 
 
 def workers(parent: int) -> list[int]:

@@ -123,11 +123,13 @@ def score_model(
     if adapts and "sliding" not in methods:
         methods = (*methods, "sliding")
     with open_context(device) as context:
-        if split != "val" and not is_built(Path(data_path)):
+        of_folder = is_built(Path(data_path))
+        if split != "val" and not of_folder:
             raise UserError(f"{data_path} is text, all of which is scored: leave out --split, or name a data folder")
         model, data = open_both(path, data_path, context, precision, (split,))
-        if split == "val":  # training text may be large, and nobody claims its score
-            data.verify(split)
+        with collectives.together(context):
+            if context.is_main and split == "val":  # training text may be large, and nobody claims its score
+                data.verify(split)
         seq_len = seq_len or model.context_len
         planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
         if seq_len > model.context_len and context.is_main:
@@ -175,7 +177,7 @@ def score_model(
         return {
             "model": str(path),
             "data": data_path,
-            "split": split if is_built(Path(data_path)) else "all",
+            "split": split if of_folder else "all",
             "scores": rows,
             **more,
         }

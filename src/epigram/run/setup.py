@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epigram.artifact.container import check_declared
-from epigram.artifact.table import Entry, check_limits, raw_sections
 from epigram.artifact.tokenizer_section import compact
 from epigram.compiling import compile_shapes
 from epigram.config import Config
@@ -27,7 +25,6 @@ from epigram.model.gpt import GPT, BankTransform
 from epigram.optim.average import Average, average_of
 from epigram.optim.gradients import LaneGradients, lane_weights
 from epigram.optim.optimizer import Optimizer
-from epigram.quant.policy import plan_shapes
 from epigram.quant.qat import fake_quantize
 from epigram.run.budget import Clock, make_clock
 from epigram.run.checkpoint import Saver
@@ -44,6 +41,7 @@ from epigram.run.graphs import Capture, CudaCapture, Key, LaneGraph
 from epigram.run.guard import Guard
 from epigram.run.lanes import lane_plan
 from epigram.run.precompile import precompile
+from epigram.run.size import require_carried
 from epigram.run.speed import Work, training_work
 
 CACHE = Path(".cache/epigram/data")
@@ -261,27 +259,7 @@ def check_fit(config: Config, data: DataFolder) -> None:
         )
     check_documents(config.model, data.tokenizer.bos_id)
     carried = compact(data.tokenizer.proto) if config.artifact.tokenizer else b""
-    _check_size(config, len(carried))
-
-
-def _check_size(config: Config, tokenizer_bytes: int) -> None:
-    with torch.device("meta"):
-        model = GPT(config.model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    entries = [
-        Entry(
-            name=part.name,
-            format="int" if part.grid else "float16",
-            shape=tuple(part.tensor.shape),
-            qmax=part.grid.qmax if part.grid else 0,
-        )
-        for part in plan_shapes(shapes, model.roles(), config.quant.grid)
-    ]
-    try:
-        check_limits(entries)
-        check_declared(sum(size for _, size in raw_sections(entries)) + tokenizer_bytes, UserError)
-    except UserError as error:
-        raise UserError(f"no artifact can carry the model, make it smaller: {error}") from error
+    require_carried(config, len(carried))
 
 
 def check_documents(model: ModelConfig, bos_id: int) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from epigram import plugin
+from epigram.artifact.container import check_declared
 from epigram.artifact.size import FLOAT16_BITS, TensorFormat, forecast
-from epigram.artifact.table import CODECS
+from epigram.artifact.table import CODECS, Entry, check_limits, raw_sections
 from epigram.config import Config, load_recipe
 from epigram.errors import UserError
 from epigram.model.gpt import GPT
@@ -34,10 +35,35 @@ _TOKENIZER_BYTES_PER_PIECE = 6.0  # a piece of an English vocabulary, compacted
 
 def forecast_bytes(config: Config, model: GPT) -> int:
     """Bytes of the artifact; `model` may be on the meta device."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    parts = plan_shapes(shapes, model.roles(), config.quant.grid)
+    parts = _planned(config, model)
     tokenizer = int(_TOKENIZER_BYTES_PER_PIECE * config.model.vocab_size) if config.artifact.tokenizer else 0
     return forecast((_format(part, config.artifact.codec) for part in parts), tokenizer_bytes=tokenizer)
+
+
+def require_carried(config: Config, tokenizer_bytes: int) -> None:
+    """Raises UserError for a model that the format is too small for. tokenizer_bytes: of its tokenizer, compacted."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    entries = [
+        Entry(
+            name=part.name,
+            format="int" if part.grid else "float16",
+            shape=tuple(part.tensor.shape),
+            qmax=part.grid.qmax if part.grid else 0,
+        )
+        for part in _planned(config, model)
+    ]
+    try:
+        check_limits(entries)
+        check_declared(sum(size for _, size in raw_sections(entries)) + tokenizer_bytes, UserError)
+    except UserError as error:
+        raise UserError(f"no artifact can carry the model, make it smaller: {error}") from error
+
+
+def _planned(config: Config, model: GPT) -> list[Part]:
+    """What the artifact will hold."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return list(plan_shapes(shapes, model.roles(), config.quant.grid))
 
 
 @dataclass(frozen=True, kw_only=True)

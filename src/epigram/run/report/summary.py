@@ -34,19 +34,24 @@ def verdict(run: Run) -> tuple[Literal["good", "bad", "open"], str]:
         return "bad", f"The run {'failed' if status == 'failed' else 'was interrupted'}: {reason}"
     if status != "finished":
         return "open", "The run has not finished: it is still going, or it was killed."
-    (size, cap), (seconds, budget_s) = size_and_cap(run), time_and_budget(run)
     told = run.result.get("over_budget")
-    problems = [str(sentence) for sentence in told] if isinstance(told, list) else []
-    if not isinstance(told, list):  # a run that only trained, or one of an earlier release
-        if size is not None and cap is not None and size > cap:
-            problems.append(f"over its cap by {size - cap:,.0f} bytes")
-        timed = as_table(run.config.get("budget")).get("clock", "wall") == "wall"
-        if timed and seconds is not None and budget_s is not None and seconds > budget_s:
-            problems.append(f"over its time by {tables.duration(seconds - budget_s)}")
-    if problems:
+    if problems := list(map(str, told)) if isinstance(told, list) else _exceeded(run):
         return "bad", f"Finished, but {' and '.join(problems)}."
-    known = [word for word, limit in (("cap", cap), ("time", budget_s)) if limit is not None]
+    limits = ("cap", size_and_cap(run)[1]), ("time", time_and_budget(run)[1])
+    known = [word for word, limit in limits if limit is not None]
     return "good", f"Finished within its {' and its '.join(known)}." if known else "Finished."
+
+
+def _exceeded(run: Run) -> list[str]:
+    """The limits that a run exceeded which does not say so itself: one that only trained, or of an earlier release."""
+    (size, cap), (seconds, budget_s) = size_and_cap(run), time_and_budget(run)
+    problems = []
+    if size is not None and cap is not None and size > cap:
+        problems.append(f"over its cap by {size - cap:,.0f} bytes")
+    timed = as_table(run.config.get("budget")).get("clock", "wall") == "wall"
+    if timed and seconds is not None and budget_s is not None and seconds > budget_s:
+        problems.append(f"over its time by {tables.duration(seconds - budget_s)}")
+    return problems
 
 
 def size_and_cap(run: Run) -> tuple[float | None, float | None]:
