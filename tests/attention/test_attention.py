@@ -270,27 +270,42 @@ def watched_tiles(out: torch.Tensor, tiles: list[torch.Tensor]) -> torch.Tensor:
     return out.clone()
 
 
+def watch_backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+    tiles = list(ctx.saved_tensors)  # type: ignore[attr-defined]
+    return watched_tiles(grad, tiles), [None] * len(tiles)
+
+
 watched_tiles.register_fake(lambda out, tiles: torch.empty_like(out))
+watched_tiles.register_autograd(
+    watch_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1])
+)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["scoring", "training"])
+@pytest.mark.parametrize("sequences", [0, 2], ids=["whole rows", "documents"])
 @pytest.mark.parametrize(("length", "window"), [(1024, 0), (1100, 512)])
 def test_the_compiler_lays_out_tiles_as_the_kernels_of_flex_read_them(
-    length: int, window: int, monkeypatch: pytest.MonkeyPatch
+    length: int, window: int, sequences: int, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They step from sequence to sequence by the stride of the heads' axis, though it has one entry.
+    """They step along a list by one, and from sequence to sequence by the stride of the heads' axis, though it has one
+    entry.
 
-    The kernel for CPUs steps by the right one, so that here only strides can be compared.
+    The kernel for CPUs steps by the right ones, so that here only strides can be compared.
     """
 
     def kernel(q, k, v, block_mask: BlockMask, enable_gqa: bool) -> torch.Tensor:
         return watched_tiles(q, [part for part in block_mask.as_tuple() if isinstance(part, torch.Tensor)])
 
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: torch.Tensor | None) -> torch.Tensor:
+        return (flex.attend if reach is None else flex.attend.within(reach))(q, k, v, window)
+
     TILES.clear()
     monkeypatch.setattr(flex, "flex_attention", kernel)
-    attend = torch.compile(lambda q, k, v, reach: flex.attend.within(reach)(q, k, v, window), dynamic=False)
-    with torch.no_grad():
-        attend(*(torch.randn(2, length, 2, 16) for _ in range(3)), documents(2, length))
-    assert len(TILES) == 8
+    q, k, v = (torch.randn(2, length, 2, 16, requires_grad=training) for _ in range(3))
+    out = torch.compile(attend, dynamic=False)(q, k, v, documents(sequences, length) if sequences else None)
+    if training:
+        out.sum().backward()
+    assert len(TILES) == (16 if training else 8)
     for tiles in TILES:
-        assert tiles.shape[:2] == (2, 1)
+        assert tiles.shape[:2] == (sequences or 1, 1)
         assert tiles.stride() == tuple(math.prod(tiles.shape[axis + 1 :]) for axis in range(tiles.dim()))

@@ -95,7 +95,7 @@ def block_mask(
     lists = [part for tiles in (*maps, *(tiles.mT for tiles in maps)) for part in _ordered(tiles)]
     return BlockMask(
         seq_lengths=(num_queries, num_keys),
-        **dict(zip(_LISTS, lists if reach is None else laid_out(lists), strict=True)),
+        **dict(zip(_LISTS, laid_out(lists), strict=True)),
         BLOCK_SIZE=(_TILE, _TILE),
         mask_mod=visible,
     )
@@ -115,9 +115,10 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 def laid_out(tensors: list[Tensor]) -> list[Tensor]:
     """Copies, every stride of them the product of the sizes behind it.
 
-    The kernels step from one sequence to the next by the stride of the heads' axis. That axis has one entry, for whose
-    stride the compiler may choose anything: all sequences would get the first one's tiles, or any memory's contents.
-    It chooses nothing for what an operator returns.
+    The kernels step along a list by one, whatever its stride is, and from one sequence to the next by the stride of the
+    heads' axis. The compiler may order what it computes as it likes, and choose anything for an axis with one entry:
+    lists would be read across, all sequences would get the first one's tiles, or any memory's contents. It chooses
+    nothing for what an operator returns.
     """
     return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
