@@ -325,7 +325,12 @@ class Config:
     @property
     def context_len(self) -> int:
         """The longest sequence seen in training: generation and scoring should look no further."""
-        return max(group.seq_len for group in self.lanes)
+        return max(self.seq_lens)
+
+    @property
+    def seq_lens(self) -> set[int]:
+        """The lengths of sequences seen in training."""
+        return {group.seq_len for group in self.lanes}
 
 
 # -- reading ------------------------------------------------------------------------------------------------------

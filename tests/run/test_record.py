@@ -425,9 +425,10 @@ def test_environment_names_the_machine():
 def test_commit_of_a_checkout(tmp_path, monkeypatch):
     """The package's own checkout is named; a repository that merely contains an installed copy is not."""
     inside = tmp_path / "repository" / "package"
-    inside.mkdir(parents=True)
-    file = inside / "machine.py"
+    (inside / "run").mkdir(parents=True)
+    file, other = inside / "run" / "machine.py", inside / "elsewhere.py"
     file.write_text("")
+    other.write_text("")
 
     def git(*words):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -444,5 +445,28 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-q", "-m", "first")
     assert machine.commit() == {"hash": git("rev-parse", "HEAD"), "changed": False}
-    file.write_text("changed = True\n")
+    other.write_text("changed = True\n")
     assert machine.commit()["changed"]
+
+
+def command_of(*words: str, cwd: Path) -> list[str]:
+    """What a process says of itself that `words` start."""
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_command_names_no_folder_of_this_machine(tmp_path):
+    """However the program was started, what is recorded can be typed elsewhere."""
+    ask = "import json; from epigram.run import machine; print(json.dumps(machine.command()))\n"
+    (tmp_path / "tool").mkdir()
+    for file in ("script.py", "tool/__init__.py", "tool/__main__.py", "tool/part.py"):
+        (tmp_path / file).write_text(ask if file != "tool/__init__.py" else "")
+    assert command_of(str(tmp_path / "script.py"), "--a", cwd=tmp_path) == ["script.py", "--a"]
+    assert command_of("tool/part.py", cwd=tmp_path) == ["tool/part.py"]
+    assert command_of("-m", "tool", "1", cwd=tmp_path) == ["python", "-m", "tool", "1"]
+    assert command_of("-m", "tool.part", cwd=tmp_path) == ["python", "-m", "tool.part"]
+    out = subprocess.run(
+        [sys.executable, "-m", "epigram", "bench", "optimizer", "--recipe", "smoke", "--repeats", "1", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(out.stdout)["machine"]["command"][:3] == ["epigram", "bench", "optimizer"]

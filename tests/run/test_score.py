@@ -202,6 +202,22 @@ def test_windows_longer_than_training_are_told(finished: Path, data_path: Path, 
         assert (warning in capsys.readouterr().err) == (seq_len == 256)
 
 
+def test_windows_of_a_rotary_base_that_was_not_trained_are_told(finished: Path, tmp_path: Path) -> None:
+    """A model that was trained at 2048 and 6144 knows the bases of these lengths alone."""
+    config = load_recipe("pr1212").model
+    told = {length: score.unlike_training(length, {2048, 6144}, config) for length in (512, 2048, 4096, 6144, 8192)}
+    assert (told[2048], told[6144]) == (None, None)
+    assert all(
+        "another rotary base" in str(told[length]) and "2,048 and 6,144" in str(told[length]) for length in (512, 4096)
+    )
+    assert "longer than any" in str(told[8192])
+    assert score.unlike_training(512, {1024}, config) is None, "below the reference there is one base"
+    assert score.unlike_training(512, {2048}, replace(config, rotary_scaling="none")) is None
+    checkpoint = next((finished / "checkpoints").iterdir())
+    assert [score._trained_lens(path) for path in (finished, finished / "model.epigram", checkpoint)] == [{64, 128}] * 3
+    assert score._trained_lens(tmp_path / "model.epigram") == set()
+
+
 def test_every_document_is_scored(finished: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     texts = [f"{number}. A dog sees the moon." for number in range(9)] * 2  # repeated ones too

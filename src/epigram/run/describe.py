@@ -93,7 +93,7 @@ def _world_sizes(config: Config) -> list[dict[str, float]]:
 def _flops(config: Config) -> list[dict[str, float]]:
     """Training operations of a token (three forwards' worth) for each length of the recipe."""
     rows = []
-    for seq_len in sorted({group.seq_len for group in config.lanes}):
+    for seq_len in sorted(config.seq_lens):
         parts = forward_flops_per_token(config.model, seq_len)
         rows.append({"seq_len": seq_len, **{k: 3 * v for k, v in parts.items()}, "total": 3 * sum(parts.values())})
     return rows

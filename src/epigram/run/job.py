@@ -25,7 +25,7 @@ from epigram.run.export import Quantized, left_to_quantize_s, over_budget, quant
 from epigram.run.fit import pack_to_fit
 from epigram.run.machine import computing, environment, peak_memory_bytes
 from epigram.run.record import CONFIG, RunRecord, check_new
-from epigram.run.score import adaptation_after, longer_than_trained, score_split
+from epigram.run.score import adaptation_after, score_split, unlike_training
 from epigram.run.setup import CACHE, Losses, Session, build_model, build_session, check_fit, scoring_losses, state_of
 from epigram.run.size import forecast_bytes
 from epigram.run.space import check_memory, check_room
@@ -282,8 +282,8 @@ def _begin(session: Session, record: RunRecord) -> None:
     record.log(f"recipe {config.recipe}, seed {config.seed}: {num_parameters:,} parameters")
     forecast = forecast_bytes(config, session.model)
     record.log(_forecast(config, forecast))
-    if config.score.seq_len > config.context_len:
-        record.log(f"warning: {longer_than_trained(config.score.seq_len, config.context_len)}")
+    if warning := unlike_training(config.score.seq_len, config.seq_lens, config.model):
+        record.log(f"warning: {warning}")
     where = str(data.path.resolve())
     record.update(
         recipe=config.recipe, seed=config.seed, parameters=num_parameters, data=where, forecast_bytes=forecast

@@ -38,7 +38,7 @@ def environment(paths: dict[str, str] | None = None, **facts: Any) -> dict[str, 
     """What environment.json holds. paths: the backends and kernels in use; facts: whatever else matters, such as what
     `computing` says."""
     return {
-        "command": sys.argv,
+        "command": command(),
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
@@ -76,11 +76,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command() -> list[str]:
+    """What was typed to start this process: without the folder that the program lies in on this machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:  # a script, or the installed command
+        program = Path(sys.argv[0])
+        return [program.name if program.is_absolute() else sys.argv[0], *sys.argv[1:]]
+    module = spec.name.removesuffix(".__main__")
+    return [*(["epigram"] if module == "epigram" else ["python", "-m", module]), *sys.argv[1:]]
+
+
 def commit() -> dict[str, Any] | None:
-    """{"hash", "changed"} of the checkout that this package runs from; None for an installed copy."""
-    folder = Path(__file__).resolve().parent
+    """{"hash", "changed"} of the checkout that this package runs from; None for an installed copy.
+
+    changed: whether any file of the package differs from that commit.
+    """
+    folder = Path(__file__).resolve().parents[1]
     # An installed copy may lie inside a repository of the user's; then its files are not tracked there.
-    if _output("git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if _output("git", "-C", str(folder), "ls-files", "--error-unmatch", __file__) is None:
         return None
     found = _output("git", "-C", str(folder), "rev-parse", "HEAD")
     if found is None:

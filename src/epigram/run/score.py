@@ -6,13 +6,14 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from epigram.artifact.tokenizer_section import compact
+from epigram.config import load_recipe
 from epigram.data.cache import ensure_built
 from epigram.data.dataset import DataFolder, is_published_layout, open_data
 from epigram.data.manifest import MANIFEST, SPLITS
@@ -23,13 +24,15 @@ from epigram.evaluation.adapt_config import AdaptConfig
 from epigram.evaluation.probes import Finding
 from epigram.evaluation.scorer import score
 from epigram.evaluation.windows import METHODS, Method, StreamingConfig, stride_of
+from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
+from epigram.model.rope import rotary_base
 from epigram.run.adapt import Adaptation, beside
 from epigram.run.adapt_probe import probe_adapted
 from epigram.run.api import Model
 from epigram.run.choices import attach_attention, attach_kernels, tokens_at_a_time
 from epigram.run.probe import check, probe
-from epigram.run.record import RESULT, final_line
+from epigram.run.record import CONFIG, RESULT, final_line
 from epigram.run.setup import CACHE, Losses, scoring_losses
 from epigram.run.speed import Work, scoring_work
 from epigram.run.weights import TOKENIZER, load_model
@@ -132,8 +135,9 @@ def score_model(
                 data.verify(split)
         seq_len = seq_len or model.context_len
         planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
-        if seq_len > model.context_len and context.is_main:
-            print(f"warning: {longer_than_trained(seq_len, model.context_len)}", file=sys.stderr)
+        trained = _trained_lens(path) or (model.context_len,)
+        if context.is_main and (warning := unlike_training(seq_len, trained, model.gpt.config)):
+            print(f"warning: {warning}", file=sys.stderr)
         num_targets = data.num_tokens(split) - 1
         _require_learning(adapt, seq_len, min(max_tokens or num_targets, num_targets))
         work = replace(scoring_work(seq_len, batch_tokens), backward=adapt.kind == "sgd")
@@ -206,12 +210,29 @@ def adaptation_after(
     )
 
 
-def longer_than_trained(seq_len: int, context_len: int) -> str:
-    """What is to be said of windows longer than any lane of training."""
+def unlike_training(seq_len: int, trained: Collection[int], config: ModelConfig) -> str | None:
+    """What is to be said of windows that training, on lengths `trained`, had none like; None for others."""
+    if seq_len > max(trained):
+        return (
+            f"windows of {seq_len:,} tokens are longer than any that the model was trained on ({max(trained):,}): what "
+            "lies further back than that may make a score worse"
+        )
+    if rotary_base(config, seq_len) in {rotary_base(config, length) for length in trained}:
+        return None
+    lengths = " and ".join(f"{length:,}" for length in sorted(trained))
     return (
-        f"windows of {seq_len:,} tokens are longer than any that the model was trained on ({context_len:,}): what lies "
-        "further back than that may make a score worse"
+        f"windows of {seq_len:,} tokens turn queries and keys by another rotary base than those that the model was "
+        f"trained on ({lengths}), which may make a score much worse: score at such a length, or train with "
+        'model.rotary_scaling = "none"'
     )
+
+
+def _trained_lens(path: Path) -> set[int]:
+    """Lengths of the lanes that the model at `path` was trained with; none where no run folder says it."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / CONFIG).is_file():
+            return load_recipe(str(folder / CONFIG)).seq_lens
+    return set()
 
 
 def _require_learning(adapt: AdaptConfig, seq_len: int, num_targets: int) -> None:
