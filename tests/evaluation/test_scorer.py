@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -170,6 +171,26 @@ def test_only_what_is_scored_is_asked_for(tables):
     run(counting, tokens, tables, SLIDING)
     filled = -(-(len(plan) - 1) // size) * size
     assert asked == SLIDING.seq_len + filled * SLIDING.stride
+
+
+@pytest.mark.parametrize("method", [BLOCKS, SLIDING], ids=lambda m: m.name)
+@pytest.mark.parametrize("more", range(0, 40, 5))
+def test_a_batch_is_filled_up_with_other_text(tables, method, more):
+    """Its last window again and again could be of more documents than a backend keeps apart, though no batch of the
+    text has so many."""
+    tokens, seen = stream(NUM_TOKENS + more), []
+
+    def watching(inputs, targets, *, rope_len, last):
+        seen.append(inputs.numpy().copy())
+        return model(inputs, targets, rope_len=rope_len, last=last)
+
+    model = DecayedContext()
+    run(watching, tokens, tables, method, batch_tokens=240)
+    text = {tuple(tokens[start : start + method.seq_len]) for start in range(len(tokens))}
+    for inputs in seen:
+        rows = Counter(tuple(row) for row in inputs)
+        assert max(rows.values()) <= 2, "what fills it up may meet one that counts"
+        assert rows.keys() <= text
 
 
 @pytest.mark.parametrize(("method", "batch_tokens"), [(BLOCKS, 60), (SLIDING, 100)], ids=["blocks", "sliding"])

@@ -152,6 +152,29 @@ def test_training_with_a_backend_that_compiles_itself(documents: str, monkeypatc
     check(model, place, kernels_here(place, monkeypatch), run, [tokens])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("place", ["cpu-float32"], indirect=True)
+def test_training_on_sequences_of_one_token(place: Place, monkeypatch):
+    """Gradients of a backend that computes heads first: their axis of one position has a stride of its own."""
+
+    class HeadsFirst(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad.mT.clone(memory_format=torch.contiguous_format).mT
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        q, k, v = (HeadsFirst.apply(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+        return sdpa.attend(q, k, v, window)
+
+    model = model_of(published(place), place)
+    model.attend = model.attend_window = attend
+    check(model, place, kernels_here(place, monkeypatch), trained, [place.tokens(model.config.vocab_size, 3, 2)])
+
+
 @BEST_PRECISION
 def test_training_on_the_grid_of_the_export(place: Place, monkeypatch):
     """Banks pass through a transform first."""

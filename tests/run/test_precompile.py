@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +139,26 @@ def test_without_a_place_to_write_it_is_done_all_the_same(tmp_path: Path, monkey
 @pytest.mark.parametrize(("products", "device"), [(None, "cuda:0"), ("triton", "cuda:0"), ("quack", "cpu")])
 def test_nothing_to_do(products, device, tmp_path: Path):
     assert precompile(SMALL, products, Context(device=torch.device(device)), tmp_path) is None
+
+
+def test_machines_that_have_other_products_wait_for_each_other(tmp_path: Path, monkeypatch):
+    """What one of them has is for it alone to know, so both take part in the message."""
+    waited = []
+
+    @contextmanager
+    def together(context: Context) -> Iterator[None]:
+        waited.append(context)
+        yield
+
+    monkeypatch.setattr(module.collectives, "together", together)
+    monkeypatch.setattr(module, "_once", lambda *_: 1.0)
+    context = Context(device=torch.device("cuda:0"))
+    assert [precompile(SMALL, products, context, tmp_path) for products in ("quack", "triton", None)] == [
+        1.0,
+        None,
+        None,
+    ]
+    assert len(waited) == 3
 
 
 def test_workers_are_processes_of_their_own(monkeypatch):

@@ -87,7 +87,8 @@ def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> A
         lengths = _lengths(q, k, starts_q, starts_k)
         shape = q.shape
         q, k, v = (aligned(_rows(x, lengths)) for x in (q, k, v))
-        out, lse = forward_kernel(q, k, v, window, lengths)
+        with torch.cuda.device_of(q):  # the libraries launch on the current device, wherever the tensors are
+            out, lse = forward_kernel(q, k, v, window, lengths)
         if excess is not None:
             out[..., :1] += excess  # one channel of each head reaches all that comes after
         return out.view(shape), lse
@@ -110,7 +111,8 @@ def register(name: str, forward_kernel: Forward, backward_kernel: Backward) -> A
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         q, k, v, out, grad = (aligned(_rows(x, lengths)) for x in (q, k, v, out, grad))
         to_fill = _rows(dq, lengths), _rows(dk, lengths), _rows(dv, lengths)  # views: the gradients are contiguous
-        backward_kernel(q, k, v, out, lse, grad, window, *to_fill, lengths)
+        with torch.cuda.device_of(q):
+            backward_kernel(q, k, v, out, lse, grad, window, *to_fill, lengths)
         return dq, dk, dv
 
     @backward_op.register_fake

@@ -64,8 +64,8 @@ def parts(
 ) -> Iterator[Part]:
     """The losses of `plan`, a rank's share of the method's plan, forward by forward.
 
-    Forwards have as few shapes as can be, since each is a graph to compile: the last batch is filled up with
-    repetitions of its last window of which nothing counts, and the end of a segment with tokens that nobody sees.
+    Forwards have as few shapes as can be, since each is a graph to compile: the last batch is filled up with other
+    windows of the text of which nothing counts, and the end of a segment with tokens that nobody sees.
     num_windows: of the whole plan, if `plan` is not all of it.
     """
     if not len(plan):
@@ -130,22 +130,26 @@ def _window_batches(
 def _batch(tokens: NDArray[np.uint16], part: WindowPlan, size: int, last: int | None, device: torch.device) -> _Batch:
     """The windows of `part`, filled up to `size`."""
     length = part.length
-    rows, skipped = _rows(part, size)
+    start, skipped = _rows(part, size, len(tokens))
     shown = 0 if last is None else length - last
     wanted = torch.arange(shown, length, device=device)
     assert int(skipped.min()) >= shown, "a target that counts is not asked for"
-    window = _to_device(tokens[part.start[rows][:, None] + np.arange(length + 1)].astype(np.int64), device)
+    window = _to_device(tokens[start[:, None] + np.arange(length + 1)].astype(np.int64), device)
     scored = wanted >= _to_device(skipped, device)[:, None]
     inputs, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-    return _Batch(inputs, targets, last, scored, part.start[rows] + shown, part.num_scored)
+    return _Batch(inputs, targets, last, scored, start + shown, part.num_scored)
 
 
-def _rows(part: WindowPlan, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each row of a batch the window of `part` that it reads, and how many targets at its start do not count."""
-    rows = np.minimum(np.arange(size), len(part) - 1)
-    skipped = (part.first_scored - part.start)[rows]
-    skipped[len(part) :] = part.length
-    return rows, skipped
+def _rows(part: WindowPlan, size: int, num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each row of a batch where in the text it begins, and how many targets at its start do not count.
+
+    Rows that only fill the batch up read what lies before its last window, each a window further back. (That window
+    again and again could be of so many documents that attention cannot keep them apart, which fails the whole batch.)
+    """
+    back = np.arange(1, size - len(part) + 1) * part.length
+    filling = (part.start[-1] - back) % max(num_tokens - part.length, 1)
+    skipped = np.concatenate([part.first_scored - part.start, np.full(len(back), part.length)])
+    return np.concatenate([part.start, filling]), skipped
 
 
 def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -160,8 +164,8 @@ def _read_segments(
     read: StreamLoss, tokens: NDArray[np.uint16], part: WindowPlan, size: int, chunk: int, device: torch.device
 ) -> Iterator[Part]:
     """The segments of `part` side by side, `chunk` tokens of each a forward."""
-    rows, skipped = _rows(part, size)
-    start, from_here = part.start[rows], _to_device(skipped, device)[:, None]
+    start, skipped = _rows(part, size, len(tokens))
+    from_here = _to_device(skipped, device)[:, None]
     for begin in range(0, part.length, chunk):
         # What lies behind a segment's end fills its last chunk up, behind the text's its beginning: no earlier position
         # sees it. (The last token again and again could be as many documents, and attention keeps only so many apart.)

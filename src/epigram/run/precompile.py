@@ -48,14 +48,14 @@ Task = Callable[[], Any]
 def precompile(model: ModelConfig, products: str | None, context: Context, folder: Path | None = None) -> float | None:
     """Compile what a model of this shape will call; returns the seconds that took, None if nothing had to be done.
 
-    products: the file of `epigram.kernels.products` that the run uses. folder: of the marks. Every process must call
-    this; the first of each machine works, the others wait.
+    products: the file of `epigram.kernels.products` that this process uses; other machines may have others. folder: of
+    the marks. Every process must call this; the first of each machine works, the others wait.
     """
-    if products != _PRODUCTS or context.device.type != "cuda":
+    if context.device.type != "cuda":
         return None
     took: float | None = None
     with collectives.together(context):
-        if context.local_rank == 0:
+        if context.local_rank == 0 and products == _PRODUCTS:
             took = _once(model, context.device, folder or user_cache() / "compiled")
     return took
 

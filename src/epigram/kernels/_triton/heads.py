@@ -393,12 +393,17 @@ def _own_values(v: Tensor, counts: HeadCounts) -> Tensor:
 def _dense_batches(x: Tensor) -> Tensor:
     """(B, T, heads, d) of which one distance leads from token to token, also from one sequence to the next."""
     good = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if good else x.contiguous()
+    return x if good else _laid_out(x)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     """The same with heads that lie side by side."""
-    return _dense_batches(x) if x.stride(-2) == x.shape[-1] else x.contiguous()
+    return _dense_batches(x) if x.stride(-2) == x.shape[-1] else _laid_out(x)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """A copy, every stride of it the product of the sizes behind: contiguous() leaves axes of one entry as they are."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
