@@ -134,7 +134,8 @@ def test_mutated_sections_under_no_checksum_at_all(
         which = int(random.choice([i for i, blob in enumerate(blobs) if blob]))
         blobs[which] = mutate(blobs[which], random)
         accepted += outcome(tmp_path / "m", parts.join(parts.copy(), blobs)) is not None
-    assert accepted > 12
+    # A codec that keeps a checksum of its own may refuse them all.
+    assert accepted > 12 or saved.name not in ("brotli", "entropy", "store")
 
 
 class _Anything:

@@ -40,6 +40,8 @@ def test_an_open_folder(built: Path, tokenizer: Tokenizer) -> None:
     assert {shard.split for shard in data.split("train")} == {"train"}
     with pytest.raises(DataError, match="no test shards: it has train, val"):
         data.split("test")
+    with pytest.raises(DataError, match="no test shards: it has train, val"):
+        open_data(built, splits=("test",))
 
 
 def test_the_beginning_of_a_split_is_read_alone(built: Path) -> None:

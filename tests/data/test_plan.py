@@ -63,5 +63,5 @@ def test_any_number_of_lanes_on_one_process():
 def test_more_processes_than_lanes():
     with pytest.raises(UserError, match="2 lanes cannot be shared by 3 processes, each needs one: use 1 to 2 proc"):
         plan_lanes([1.0, 1.0], 3)
-    with pytest.raises(UserError, match="use 1 processes, or give the recipe more lanes"):
+    with pytest.raises(UserError, match="use 1 process, or give the recipe more lanes"):
         plan_lanes([1.0], 2)

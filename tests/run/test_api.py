@@ -86,8 +86,11 @@ def test_a_tokenizer_is_needed(finished: Path, tmp_path: Path):
     held = artifact.load(finished / "model.epigram")
     bare = artifact.Contents(model=held.model, tensors=held.tensors)
     artifact.save(tmp_path / "bare.epigram", bare)
-    with pytest.raises(UserError, match="carries no tokenizer"):
+    with pytest.raises(UserError, match="carries no tokenizer, and there is no tokenizer.model beside it"):
         epigram.load(tmp_path / "bare.epigram")
+    shutil.copy(finished / "tokenizer.model", tmp_path)
+    told = [epigram.load(path).generate("A dog", 20, seed=1) for path in (tmp_path / "bare.epigram", finished)]
+    assert told[0] == told[1], "a run folder has one"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,9 @@ def test_nothing_to_score(model: Model):
         model.score("")
     with pytest.raises(UserError, match="stride = 300 is over seq_len"):
         model.score("text", stride=300)
+    for wrong in ({"seq_len": 0}, {"stride": 0}):
+        with pytest.raises(UserError, match="must be at least 1|of at least 1"):
+            model.score("text", **wrong)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -276,6 +282,9 @@ def test_it_ends_before_a_stop_text(model: Model, start: int, length: int):
     stop = whole[start : start + length]
     assert len(stop) == length
     assert model.generate("A dog", 60, seed=1, stop=[stop]) == whole[: whole.index(stop)]
+    assert model.generate("A dog", 60, seed=1, stop=stop) == whole[: whole.index(stop)], (
+        "one text is no list of letters"
+    )
     assert model.generate("A dog", 60, seed=1, stop=["not in it", stop]) == whole[: whole.index(stop)]
     assert model.generate("A dog", 60, seed=1, stop=["not in it", "", stop + "!"]) == whole
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 import tomllib
@@ -314,6 +315,21 @@ def test_resuming_at_the_end_takes_no_step(data_path: Path, tmp_path: Path):
     assert after["steps"] == first["steps"]
     assert after["train_s"] == pytest.approx(first["train_s"], abs=0.05)
     assert all(tensor.equal(before[name]) for name, tensor in saved_tensors(run).items())
+
+
+@pytest.mark.parametrize(
+    "setting", ["optim.muon.lr_early=0.5", "budget.steps=5", "average.decay=0.5", "guard.max_skips=1"]
+)
+def test_what_no_step_was_taken_with_does_not_come_into_the_record(finished: Path, tmp_path: Path, setting: str):
+    """Else a score could be told of a training that never was. What comes after it may change."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "config.toml").read_bytes()
+    name = re.escape(setting.partition("=")[0])
+    with pytest.raises(UserError, match=rf"the training of this run is complete \({name}\): train one"):
+        go_on(run, setting)
+    assert (run / "config.toml").read_bytes() == before
+    assert result_of(run)["status"] == "finished"
+    assert go_on(run, "quant.grid.floor=0.5", "score.methods=['blocks']", "run.log_every=3")["steps"] == 8
 
 
 def test_the_time_of_both_parts_counts(data_path: Path, tmp_path: Path):

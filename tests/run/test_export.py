@@ -357,8 +357,15 @@ def test_data_that_were_moved(finished: Path, data_path: Path, tmp_path: Path):
 
 
 def test_another_model(finished: Path, tmp_path: Path):
-    """Also where its weights would fit."""
-    for setting in ("model.mlp_dim=64", "model.softcap=10"):
-        with pytest.raises(UserError, match=rf"an export cannot change the model .*\({setting.partition('=')[0]}\)"):
+    """Also where its weights would fit; and a training that never was."""
+    for setting in (
+        "model.mlp_dim=64",
+        "model.softcap=10",
+        "optim.muon.lr_early=0.5",
+        "budget.steps=5",
+        "average.decay=0.5",
+    ):
+        name = setting.partition("=")[0]
+        with pytest.raises(UserError, match=rf"an export cannot change how the model was trained \({name}\)"):
             export_run(finished, tmp_path / "out", setting)
     assert not (tmp_path / "out").exists()

@@ -236,9 +236,9 @@ def test_a_tail_that_is_scored_twice_is_caught(model: GPT, data: DataFolder, mon
     """As in published evaluators, whose last windows all score the end (parameter-golf #174)."""
     honest_rows = passes._rows
 
-    def again(part, size):
-        rows, skipped = honest_rows(part, size)
-        return rows, np.minimum(skipped, SEQ_LEN - 8)  # every window scores the whole stride
+    def again(*arguments):
+        start, skipped = honest_rows(*arguments)
+        return start, np.minimum(skipped, SEQ_LEN - 8)  # every window scores the whole stride
 
     monkeypatch.setattr(passes, "_rows", again)
     tokens = data.stream("val")[:101]  # the last window scores 4
@@ -258,11 +258,11 @@ def test_what_is_counted_wrong_is_found_and_not_a_crash(model: GPT, data: DataFo
     """Scores of single tokens, which other probes ask for, refuse such a plan."""
     honest_rows, honest_share = passes._rows, windows.rank_share
 
-    def rows(part, size):
-        found, skipped = honest_rows(part, size)
+    def rows(*arguments):
+        start, skipped = honest_rows(*arguments)
         if fault == "the tail twice":
-            return found, np.minimum(skipped, SEQ_LEN - 8)
-        return found, np.where(skipped == 0, 1, skipped) if fault == "one token never" else skipped
+            return start, np.minimum(skipped, SEQ_LEN - 8)
+        return start, np.where(skipped == 0, 1, skipped) if fault == "one token never" else skipped
 
     def sums(*arguments):
         nats, counted = scorer_sums(*arguments)

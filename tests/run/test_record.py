@@ -447,6 +447,10 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
     assert machine.commit() == {"hash": git("rev-parse", "HEAD"), "changed": False}
     other.write_text("changed = True\n")
     assert machine.commit()["changed"]
+    git("checkout", "-q", ".")
+    assert not machine.commit()["changed"]
+    (inside / "run" / "plugin.py").write_text("")
+    assert machine.commit()["changed"]
 
 
 def command_of(*words: str, cwd: Path) -> list[str]:

@@ -335,6 +335,11 @@ def test_a_run_resumed_at_a_validation_keeps_the_step_before_it(run_folder):
     assert run.curve("val_bpb")[0] == [10.0, 20.0]
 
 
+def test_a_run_named_twice_is_refused(run_folder, tmp_path):
+    with pytest.raises(UserError, match="comes twice: name each run once"):
+        build.build([run_folder, run_folder / "."], tmp_path / "report.html")
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         read_run(tmp_path / "nowhere")

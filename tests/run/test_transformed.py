@@ -16,6 +16,7 @@ from epigram.data.transforms import caseops
 from epigram.errors import ArtifactError, UserError
 from epigram.run.api import Model
 from epigram.run.score import score_model
+from epigram.run.submission import execute
 
 TEXT = "NASA and McDonald see a dog. THE END É 日本"
 
@@ -89,6 +90,17 @@ def test_a_word_in_capitals_goes_on_behind_the_prompt(model: Model, monkeypatch)
 def test_what_cannot_be_represented(model: Model) -> None:
     with pytest.raises(UserError, match="cannot represent"):
         model.generate("half a pair: \ud800")
+
+
+def test_made_up_data_for_a_script_can_be_scored(run: Path, finished: Path, tmp_path: Path) -> None:
+    """`check --execute` trains on it: without counts of bytes a score of such a tokenizer's tokens is refused."""
+    for name, folder in (("transformed", run), ("plain", finished)):
+        proto = artifact.load(folder / "model.epigram").tokenizer_proto
+        assert proto is not None
+        data = open_data(execute._made_up(tmp_path / name, proto, 512))
+        counts = data.byte_counts("val")
+        assert (counts is None) == (name == "plain")
+        assert counts is None or counts.shape == data.stream("val").shape
 
 
 @pytest.mark.parametrize("name", ["rot13", "../evil", 7, None])

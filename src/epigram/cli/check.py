@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from epigram.cli.options import finish, json_option
+from epigram.cli.options import SECONDS, finish, json_option
 
 
 @click.command("check")
@@ -13,8 +13,8 @@ from epigram.cli.options import finish, json_option
 @click.option("--execute", is_flag=True,
               help="Run train_gpt.py too: foreign code, with a time limit and connections refused.")  # fmt: skip
 @click.option("--cap", default=16_000_000, show_default=True, type=click.IntRange(min=1), help="Bytes allowed.")
-@click.option("--train-limit", default=600.0, show_default=True, help="Seconds allowed for training.")
-@click.option("--score-limit", default=600.0, show_default=True, help="Seconds allowed for scoring.")
+@click.option("--train-limit", default=600.0, show_default=True, type=SECONDS, help="Seconds allowed for training.")
+@click.option("--score-limit", default=600.0, show_default=True, type=SECONDS, help="Seconds allowed for scoring.")
 @json_option()
 @click.pass_context
 def command(

@@ -38,6 +38,8 @@ def command(
     from epigram.config import load_recipe, recipe_names, to_tree
     from epigram.run.describe import describe, print_description
 
+    if as_json and (only_list or as_toml):
+        raise click.UsageError("--json goes with neither --list nor --toml, which print something else")
     if only_list:
         for name in recipe_names():
             click.echo(f"{name:10} {load_recipe(name).summary}")

@@ -1,6 +1,7 @@
 """Options that several commands share, and how results are printed."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,18 @@ import click
 
 Decorator = Callable[[Any], Any]
 
+
+class _Seconds(click.FloatRange):
+    """A positive number that is one: a range alone lets NaN pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds(min=0, min_open=True)
 
 _DATA_HELP = "A data folder (epigram data build), or a text file or folder of text, which is built first and cached."
 

@@ -21,7 +21,9 @@ from epigram.cli.options import data_option, device_option, finish, json_option,
               help="Tokens of a segment of method streaming; by default 262,144.")  # fmt: skip
 @click.option("--overlap", type=click.IntRange(min=0),
               help="Windows that each segment reads again of the one before it; by default 2.")  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(min=0), default=0, help="Score only so many tokens, from the start.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=0), default=0, help="Score only so many tokens, from the start; 0: all."
+)
 @click.option("--split", default="val", show_default=True, help="Split of the data folder.")
 @click.option(
     "--batch-tokens",

@@ -174,6 +174,9 @@ def _open_built(folder: Path, tokenizer_file: Path | None, splits: Sequence[str]
         raise DataError(
             f"{folder} was built with another tokenizer than {tokenizer_file}: leave the tokenizer out, or build again"
         )
+    for split in splits:
+        if split not in manifest.splits:
+            raise DataError(f"{folder} has no {split} shards: it has {', '.join(manifest.splits)}")
     shards: dict[str, tuple[Shard, ...]] = {}
     for split in splits:
         opened = []

@@ -54,9 +54,10 @@ def plan_lanes(times: Sequence[float], world_size: int) -> LanePlan:
     assert world_size >= 1
     assert all(math.isfinite(time) and time > 0 for time in times), times
     if world_size > len(times):
-        counts = "1" if len(times) == 1 else f"1 to {len(times)}"
+        most = len(times)
+        lanes, counts = ("1 lane", "1 process") if most == 1 else (f"{most} lanes", f"1 to {most} processes")
         raise UserError(
-            f"{len(times)} lanes cannot be shared by {world_size} processes, each needs one: use {counts} processes, "
+            f"{lanes} cannot be shared by {world_size} processes, each needs one: use {counts}, "
             "or give the recipe more lanes (a larger count)"
         )
     if world_size == 1:

@@ -57,14 +57,16 @@ class Model:
     info: dict[str, Any]
     transform: str = ""
 
-    def generate(self, prompt: str, num_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any) -> str:
+    def generate(self, prompt: str, num_tokens: int = 200, *, stop: str | Sequence[str] = (), **sampling: Any) -> str:
         """The continuation of `prompt`: up to `num_tokens` tokens, or until a text in `stop` appears (it is left out).
 
         sampling: temperature, top_k, top_p, seed; see `epigram.model.generate.Sampling`.
         """
         return "".join(self.stream(prompt, num_tokens, stop=stop, **sampling))
 
-    def stream(self, prompt: str, num_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str, num_tokens: int = 200, *, stop: str | Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
         """As `generate`, in pieces of valid text as they come. UserError for a prompt that it cannot represent."""
         known = [field.name for field in fields(Sampling)]
         if unknown := sorted(sampling.keys() - known):
@@ -85,7 +87,7 @@ class Model:
             context_len=self.context_len,
             banned=silent_ids(self.tokenizer),
         )
-        return _until(stop, _texts(codec.decoder(ids), tokens))
+        return _until((stop,) if isinstance(stop, str) else stop, _texts(codec.decoder(ids), tokens))
 
     def score(self, text: str, *, seq_len: int | None = None, stride: int | None = None) -> TextScore:
         """What each token of `text` costs, as the start of a document.
@@ -94,12 +96,12 @@ class Model:
         """
         if not isinstance(text, str):
             raise TypeError(f"a text is scored, not {type(text).__name__}: decode it first")
-        seq_len = seq_len or self.context_len
+        seq_len = self.context_len if seq_len is None else seq_len
         codec = TextCodec(self.tokenizer, self.transform)
         tokens = codec.encode(text)
         if len(tokens) < 2:
             raise UserError("there is nothing to score: the text is empty")
-        method = Method(name="sliding", seq_len=seq_len, stride=stride or max(seq_len // 4, 1))
+        method = Method(name="sliding", seq_len=seq_len, stride=max(seq_len // 4, 1) if stride is None else stride)
         nats = token_nlls(self.gpt.nll, tokens, method, device=self.gpt.embed.device, batch_tokens=max(seq_len, 8192))
         return TextScore(tokens[1:], nats, codec.count_bytes(tokens))
 

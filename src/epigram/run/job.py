@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ from epigram.run.size import forecast_bytes
 from epigram.run.space import check_memory, check_room
 from epigram.run.speed import scoring_work
 from epigram.run.summary import compressor_rows, log_summary
-from epigram.run.train import figures, save_checkpoint, train
+from epigram.run.train import figures, is_complete, save_checkpoint, train
 from epigram.run.train import resume as resume_session
 from epigram.run.warmup import warm_up
 from epigram.run.weights import ARTIFACT, TOKENIZER, final_weights, load_model
+
+_AFTER_TRAINING = ("recipe", "summary", "data.", "quant.", "artifact.", "score.", "run.", "budget.score_s")
+"""Beginnings of the names of settings that the steps after training read, or that only describe."""
 
 
 class OverBudgetError(UserError):
@@ -72,8 +75,11 @@ def run_job(
         times: dict[str, float] = {}
         with timed(times, "setup_s"):
             session = build_session(config, data, context)
-        if saved is not None:  # before the folder is touched: what does not fit must not change it
+        if resume and saved:  # before the folder is touched: what does not fit must not change it
             resume_session(session, saved)
+            with collectives.together(context):
+                if context.is_main and is_complete(session):
+                    _require_same_training(run_config(resume, ()), config, "the training of this run is complete")
         unchanged = partial(_require_newest, resume, session.step) if resume else None
         with _record(resume or out or _new_folder(config.recipe, context), config, context, unchanged) as record:
             try:
@@ -100,11 +106,14 @@ def export_job(
     """The steps after training, from a run's newest checkpoint, with changed settings, into a folder of its own.
 
     average.mode = "none" exports the weights that the last step left, of a run that averaged too. Other settings of
-    training change nothing.
+    training cannot be changed.
     """
     with open_context(device) as context:
         config, saved = run_config(run, overrides), checkpoint.load(run)
-        _require_same_model(run_config(run, ()), config)
+        trained = run_config(run, ())
+        if config.average.mode == "none":
+            trained = replace(trained, average=replace(trained.average, mode="none"))
+        _require_same_training(trained, config, "an export cannot change how the model was trained")
         data = prepare_data(data_path or _data_of(saved), config)
         check_fit(config, data)
         if data.tokenizer.proto != (run / TOKENIZER).read_bytes():
@@ -132,11 +141,23 @@ def run_config(run: Path, overrides: Sequence[str]) -> Config:
     return load_recipe(str(run / CONFIG), overrides)
 
 
-def _require_same_model(trained: Config, config: Config) -> None:
-    names = [field.name for field in fields(config.model)]
-    if changed := [name for name in names if getattr(config.model, name) != getattr(trained.model, name)]:
-        settings = ", ".join(f"model.{name}" for name in changed)
-        raise UserError(f"an export cannot change the model that was trained ({settings}): train one with this setting")
+def _require_same_training(trained: Config, config: Config, why: str) -> None:
+    """Raise UserError where settings differ that nothing after training reads: the folder would tell of a training that
+    never was."""
+    before, after = _settings(to_tree(trained)), _settings(to_tree(config))
+    changed = [
+        name for name in before | after if before.get(name) != after.get(name) and not name.startswith(_AFTER_TRAINING)
+    ]
+    if changed:
+        raise UserError(f"{why} ({', '.join(changed)}): train one with such settings")
+
+
+def _settings(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree of settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _settings(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return found
 
 
 def _data_of(saved: checkpoint.Checkpoint) -> str:

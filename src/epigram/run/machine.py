@@ -89,7 +89,7 @@ def command() -> list[str]:
 def commit() -> dict[str, Any] | None:
     """{"hash", "changed"} of the checkout that this package runs from; None for an installed copy.
 
-    changed: whether any file of the package differs from that commit.
+    changed: whether any file of the package differs from that commit, or is not in it.
     """
     folder = Path(__file__).resolve().parents[1]
     # An installed copy may lie inside a repository of the user's; then its files are not tracked there.
@@ -98,7 +98,7 @@ def commit() -> dict[str, Any] | None:
     found = _output("git", "-C", str(folder), "rev-parse", "HEAD")
     if found is None:
         return None
-    changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", ".")
+    changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=all", ".")
     return {"hash": found, "changed": bool(changed)}
 
 

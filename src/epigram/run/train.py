@@ -257,6 +257,12 @@ def resume(session: Session, saved: checkpoint.Checkpoint) -> None:
     session.trained_s = saved.state["trained_s"]
 
 
+def is_complete(session: Session) -> bool:
+    """Whether a session that `resume` has put together has no step left to take."""
+    session.clock.start(session.trained_s)
+    return _is_over(session, session.clock.elapsed_s(session.step))
+
+
 def _is_over(session: Session, elapsed_s: float) -> bool:
     limit = session.config.budget.max_steps
     return elapsed_s >= session.config.budget.optimize_s or (limit > 0 and session.step >= limit)

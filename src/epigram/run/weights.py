@@ -84,6 +84,8 @@ def _from_artifact(path: Path, context: Context, tokenizer: Tokenizer | None, sh
     model.load_state_dict(weights, assign=True)
     if contents.tokenizer_proto is not None:
         tokenizer = Tokenizer.from_bytes(contents.tokenizer_proto)
+    elif tokenizer is None and (path.parent / TOKENIZER).is_file():  # in its run folder
+        tokenizer = Tokenizer.from_file(path.parent / TOKENIZER)
     info = {"recipe": contents.recipe, "provenance": contents.provenance, "path": str(path)}
     return _ready(model, context, _needed(tokenizer, path), context_len, info, transform, precision)
 
@@ -130,7 +132,10 @@ def final_weights(saved: checkpoint.Checkpoint, *, averaged: bool = True) -> dic
 
 def _needed(tokenizer: Tokenizer | None, path: Path) -> Tokenizer:
     if tokenizer is None:
-        raise UserError(f"{path} carries no tokenizer: score it with --data, whose tokenizer is then used")
+        raise UserError(
+            f"{path} carries no tokenizer, and there is no {TOKENIZER} beside it: put that of its run there, or score "
+            "it on a data folder, whose own is then used"
+        )
     return tokenizer
 
 

@@ -23,6 +23,8 @@ import numpy as np
 
 from epigram.artifact import tensors as artifact
 from epigram.data.shards import shard_name, write_shard
+from epigram.data.tokenizer import Tokenizer
+from epigram.data.transforms.base import marked_by
 from epigram.errors import UserError
 from epigram.run.submission import guard
 from epigram.run.submission.findings import Finding
@@ -149,12 +151,17 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _made_up(folder: Path, proto: bytes, vocab_size: int) -> Path:
-    """A data folder of random tokens, with the tokenizer of the artifact."""
+    """A data folder of random tokens, with the tokenizer of the artifact.
+
+    One byte for each, where that has marks of a transform: they are no bytes of any text.
+    """
     folder.mkdir()
     draw = np.random.default_rng(0)
     for split, count in _TOKENS.items():
         write_shard(folder / shard_name(split, 0), draw.integers(vocab_size, size=count).astype(np.uint16), split)
     (folder / "tokenizer.model").write_bytes(proto)
+    if marked_by(Tokenizer.from_bytes(proto).pieces):
+        write_shard(folder / shard_name("val_bytes", 0), np.ones(_TOKENS["val"], np.uint16), "val")
     return folder
 
 

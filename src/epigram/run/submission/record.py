@@ -92,6 +92,8 @@ def read_record(folder: Path) -> Record:
     """The folder's contents; a link that leads nowhere is no file. Raises UserError when there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"there is no record folder {folder}")
+    if not any(any(folder.glob(name)) for name in ("train_gpt.py", "submission.json", "*.log")):
+        raise UserError(f"{folder} is no record folder: it has no train_gpt.py, no submission.json and no log")
     found, problem = None, None
     if (text := _text(folder / "submission.json")) is not None:
         try:
