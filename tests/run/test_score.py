@@ -216,6 +216,8 @@ def test_windows_of_a_rotary_base_that_was_not_trained_are_told(finished: Path, 
     checkpoint = next((finished / "checkpoints").iterdir())
     assert [score._trained_lens(path) for path in (finished, finished / "model.epigram", checkpoint)] == [{64, 128}] * 3
     assert score._trained_lens(tmp_path / "model.epigram") == set()
+    (tmp_path / "config.toml").write_text("another = 'program'")
+    assert score._trained_lens(tmp_path / "model.epigram") == set()
 
 
 def test_every_document_is_scored(finished: Path, tmp_path: Path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -135,7 +136,8 @@ def score_model(
                 data.verify(split)
         seq_len = seq_len or model.context_len
         planned = {name: _method(name, seq_len, stride, streaming) for name in methods}  # mistakes come out before work
-        trained = _trained_lens(path) or (model.context_len,)
+        # A file alone says how long the longest lane was, and of others nothing.
+        trained = _trained_lens(path) or {model.context_len, min(seq_len, model.context_len)}
         if context.is_main and (warning := unlike_training(seq_len, trained, model.gpt.config)):
             print(f"warning: {warning}", file=sys.stderr)
         num_targets = data.num_tokens(split) - 1
@@ -229,9 +231,11 @@ def unlike_training(seq_len: int, trained: Collection[int], config: ModelConfig)
 
 def _trained_lens(path: Path) -> set[int]:
     """Lengths of the lanes that the model at `path` was trained with; none where no run folder says it."""
-    for folder in (path, path.parent, path.parent.parent):
+    places = (path, path.parent.parent) if path.is_dir() else (path.parent,)  # a run folder or a checkpoint, or a file
+    for folder in places:
         if (folder / CONFIG).is_file():
-            return load_recipe(str(folder / CONFIG)).seq_lens
+            with suppress(UserError):  # another program's file may be called so
+                return load_recipe(str(folder / CONFIG)).seq_lens
     return set()
 
 
