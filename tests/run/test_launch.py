@@ -93,7 +93,7 @@ SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 )
 def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int, times: int):
     """The processes get the time to complete their run folder, however the command was stopped; the second one too is
-    for them."""
+    for them. (Whatever these tests were started by may ignore a signal, as nohup does; then so would the command.)"""
     worker = "\n".join(
         [
             "import signal, sys, time",
@@ -111,9 +111,10 @@ def test_signals_are_passed_on_and_waited_for(tmp_path: Path, number: int, times
         ]
     )
     parent = (
-        "import sys",
+        "import signal, sys",
         "from epigram.cli import main, train",
         "from epigram.run import launch",
+        f"signal.signal({int(number)}, signal.default_int_handler if {number == signal.SIGINT} else signal.SIG_DFL)",
         f"launch.torchrun_command = lambda arguments, n: [sys.executable, '-c', {worker!r}]",
         "sys.argv = ['epigram', 'train', 'pr1212', '--gpus', '2']",
         "main.main()",
