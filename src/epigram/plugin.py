@@ -36,6 +36,7 @@ def load(package: str, name: str) -> ModuleType:
     """
     if reason := why_unknown(package, name):
         raise UserError(reason)
+    others = ", ".join(other for other in names(package) if other != name)
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
@@ -43,7 +44,7 @@ def load(package: str, name: str) -> ModuleType:
             raise
         raise UserError(
             f"{name!r} needs the library {error.name!r}, which is not installed: pip install {error.name}, "
-            f"or choose another of {', '.join(names(package))}"
+            f"or choose another of {others}"
         ) from error
     # Installed, but broken: built for another torch, say, or a part is missing.
     except (ImportError, OSError, RuntimeError) as error:
@@ -51,5 +52,5 @@ def load(package: str, name: str) -> ModuleType:
             raise
         raise UserError(
             f"{name!r} needs a library that is installed and does not load ({error}): install it again, "
-            f"or choose another of {', '.join(names(package))}"
+            f"or choose another of {others}"
         ) from error

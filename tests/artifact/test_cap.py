@@ -7,7 +7,10 @@ import torch
 from epigram import plugin
 from epigram.artifact.size import FLOAT16_BITS, SCALE_BITS, CapCheck, TensorFormat, forecast
 from epigram.artifact.tensors import Contents, save
+from epigram.cli import check
+from epigram.config import ArtifactConfig, load_recipe
 from epigram.quantized import QuantizedTensor
+from epigram.run.submission.rules.limits import Limits
 
 
 def test_the_cap_is_decimal() -> None:
@@ -18,6 +21,13 @@ def test_the_cap_is_decimal() -> None:
     assert not over.fits
     assert over.margin_bytes == -1
     assert str(over).endswith("16,000,001 bytes, 1 over the cap of 16,000,000")
+
+
+@pytest.mark.parametrize("name", ["pr1212", "pr1130", "pr1019", "pr549", "h100"])
+def test_recipes_and_checks_hold_to_the_cap_of_the_challenge(name: str) -> None:
+    (option,) = [option for option in check.command.params if option.name == "cap"]
+    assert load_recipe(name).artifact.cap_bytes == ArtifactConfig().cap_bytes == Limits().cap_bytes == 16_000_000
+    assert option.default == 16_000_000
 
 
 def test_code_counts() -> None:

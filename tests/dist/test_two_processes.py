@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import SHORT, losses_of, result_of, saved_tensors, train_run
+from run_helpers import SHORT, losses_of, result_of, rows_of, saved_tensors, train_run
 
 TIMEOUT_S = 90
 FOUR_LANES = (
@@ -192,6 +192,9 @@ def test_two_processes_are_one(data_path: Path, tmp_path: Path):
         distance = torch.linalg.vector_norm((tensor - two[name]).double())
         assert distance <= 1e-5 * torch.linalg.vector_norm(tensor.double()), name
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5), "of all lanes"
+    on_the_way = [[row["val_nats"] for row in rows_of(tmp_path / run) if "val_nats" in row] for run in ("one", "two")]
+    assert len(on_the_way[0]) == 2
+    assert on_the_way[1] == pytest.approx(on_the_way[0], rel=1e-5), "of one length, whatever a process trains at"
     alone, shared = result_of(tmp_path / "one"), result_of(tmp_path / "two")
     for model, methods in alone["scores"].items():
         for method, row in methods.items():

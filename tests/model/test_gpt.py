@@ -130,7 +130,8 @@ def test_changing_a_token_changes_nothing_before_it(tokens: torch.Tensor) -> Non
 def test_tap_sees_the_input_of_every_product(tokens: torch.Tensor) -> None:
     """Recomputing one product from what the tap saw gives the next thing the tap saw."""
     model, seen = golden_model(), {}
-    model(tokens, tap=lambda name, x: seen.__setitem__(name, x))
+    states = model(tokens, tap=lambda name, x: seen.__setitem__(name, x))
+    torch.testing.assert_close(states, model(tokens), rtol=0, atol=0, msg="what calibrates is the model that trains")
     banks = ("qkv", "out", "up", "down")
     assert set(seen) == {f"layers.{i}.{b}" for i in range(6) for b in banks} | {
         "head",

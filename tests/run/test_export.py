@@ -53,6 +53,26 @@ def test_the_same_settings_give_the_same_file(finished: Path, tmp_path: Path):
     assert (tmp_path / "out" / "model.epigram").read_bytes() == (finished / "model.epigram").read_bytes()
 
 
+def test_processes_calibrate_on_all_windows(finished: Path, data: DataFolder, monkeypatch):
+    """Each reads its share, and what they saw is added up: the second process here, then the first."""
+    config = short("quant.calibration.num_windows=6")
+    model = load_model(finished, "cpu").gpt
+    sent: list[torch.Tensor] = []
+
+    def hessians(context: Context) -> dict[str, torch.Tensor]:
+        return export.calibrate(model, config, calibration_batches(model, config, data, context), context)
+
+    whole = hessians(Context())
+    monkeypatch.setattr(export.collectives, "summed", lambda context, tensor: sent.append(tensor.clone()) or tensor)
+    hessians(Context(rank=1, world_size=2))
+    received = iter(sent)
+    monkeypatch.setattr(export.collectives, "summed", lambda context, tensor: tensor.add_(next(received)))
+    shared = hessians(Context(world_size=2))
+    assert shared.keys() == whole.keys()
+    for name, hessian in whole.items():
+        torch.testing.assert_close(shared[name], hessian, rtol=1e-4, atol=1e-4 * float(hessian.abs().max()), msg=name)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_alone_shows_progress(finished: Path, data: DataFolder, rank: int, monkeypatch, capsys):
     """One process stands for each of several at the same work."""

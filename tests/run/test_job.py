@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -13,7 +14,7 @@ import brotli
 import numpy as np
 import pytest
 import torch
-from run_helpers import result_of, rows_of, saved_tensors, train_run, write_text
+from run_helpers import result_of, rows_of, saved_tensors, short, train_run, write_text
 
 from epigram.artifact import container
 from epigram.config import load_recipe, parse_config, recipe_names
@@ -141,12 +142,24 @@ def test_training_alone_and_the_rest_later(data_path: Path, finished: Path, tmp_
     assert made.read_bytes() == (finished / "model.epigram").read_bytes()
 
 
-def test_validation_on_the_way(data_path: Path, tmp_path: Path, data):
+def test_validation_on_the_way(data_path: Path, tmp_path: Path, data, monkeypatch):
+    lengths, score_split = set(), job.score_split
+    monkeypatch.setattr(job, "score_split", lambda *a, **k: lengths.add(a[2].seq_len) or score_split(*a, **k))
     train_run(data_path, tmp_path / "run", "run.val_every=4", "run.val_tokens=300", until="train")
     rows = [row for row in rows_of(tmp_path / "run") if "val_bpb" in row]
     assert [row["step"] for row in rows] == [0, 4]
     assert rows[0]["val_nats"] == pytest.approx(math.log(512), rel=0.02), "before the first step"
     assert rows[1]["val_nats"] < rows[0]["val_nats"] - 0.5
+    assert lengths == {short().score.seq_len} != {short().flat_lanes[0].seq_len}, "not that of this process's lanes"
+
+
+def test_a_codec_whose_library_is_missing_is_told_before_training(data_path: Path, tmp_path: Path, monkeypatch):
+    """At the end everything would be done but the file."""
+    monkeypatch.delitem(sys.modules, "epigram.artifact.codecs.brotli", raising=False)
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    monkeypatch.setattr(job, "_train", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(UserError, match=r"needs the library 'brotli', .* choose another of entropy, store$"):
+        train_run(data_path, tmp_path / "run", "artifact.codec=brotli")
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
