@@ -155,8 +155,9 @@ class RunConfig:
     micro_tokens: compute at most so many tokens of a lane at a time and add up the gradients: the same step in less
     memory (0: on a CPU 8,192, else whole lanes).
     cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
-    log_every, val_every: steps between log lines and between validations (0: only at the end). val_tokens: the
-    validation during training reads so many tokens of the split. checkpoint_every_s, checkpoint_keep: seconds of the
+    log_every, val_every: steps between log lines and between validations (0: none; the first ten steps and long silence
+    are told where any are, and the finished model is scored in any case). val_tokens: a validation on the way reads so
+    many tokens of the split. checkpoint_every_s, checkpoint_keep: seconds of the
     budget's clock between checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between
     comparisons of all processes' weights (0: none); one more comes at the end.
     writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues, by

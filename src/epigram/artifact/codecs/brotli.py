@@ -1,4 +1,4 @@
-"""Brotli at quality 11 with byte shuffle: what the published systems ship (parameter-golf #1212).
+"""Brotli at quality 11 with byte shuffle: after what the published systems ship (parameter-golf #1212).
 
 Codes are one byte each and go in as they are. Numbers of two or four bytes are shuffled first, or turned into
 a palette where that is shorter. A section of plain bytes begins with one byte that says how it was reordered.
