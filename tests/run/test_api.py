@@ -169,7 +169,7 @@ def test_an_unknown_device(finished: Path):
 def test_score_is_that_of_the_scorer(model: Model, text: str, seq_len, stride):
     found = model.score(text, seq_len=seq_len, stride=stride)
     tokens = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(text)], np.uint16)
-    method = Method(name="sliding", seq_len=seq_len or 128, stride=stride or 32)
+    method = Method(name="sliding", seq_len=seq_len or 128, stride=stride or 16)
     expected = score(
         model.gpt.nll, tokens, model.tokenizer.byte_tables(), method, device=torch.device("cpu"), batch_tokens=256,
         expected_bytes=len(text.encode()),

@@ -129,8 +129,8 @@ def test_a_text_is_scored_whole_as_from_python(finished: Path, tmp_path: Path, m
     write_text(path, paragraphs, seed=3)
     if not paragraphs:
         path.write_text("A dog forgets the old moon.")
-    found = score_model(finished, str(path), methods=["sliding"], seq_len=64, stride=16, device="cpu")
-    expected = epigram.load(finished, "cpu").score(path.read_text(), seq_len=64, stride=16)
+    found = score_model(finished, str(path), methods=["sliding"], device="cpu")
+    expected = epigram.load(finished, "cpu").score(path.read_text())
     row = found["scores"]["sliding"]
     assert (row["tokens"], row["bytes"]) == (len(expected.tokens), path.stat().st_size)
     assert row["val_bpb"] == pytest.approx(expected.bpb, rel=1e-6)

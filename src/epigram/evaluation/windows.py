@@ -52,6 +52,11 @@ class StreamingConfig:
             raise ValueError("; ".join(problems))
 
 
+def usual_stride(seq_len: int) -> int:
+    """That of sliding windows where none is given: an eighth of a window."""
+    return max(seq_len // 8, 1)
+
+
 def stride_of(method: str, seq_len: int, stride: int) -> int:
     """The stride of a method: `stride` where it is free, the one that there is for blocks and streaming."""
     return {"blocks": seq_len, "streaming": 1}.get(method, stride)

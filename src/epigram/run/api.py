@@ -20,7 +20,7 @@ from epigram.data.text_codec import Decoder, TextCodec
 from epigram.data.tokenizer import Tokenizer
 from epigram.errors import UserError
 from epigram.evaluation.scorer import token_nlls
-from epigram.evaluation.windows import Method
+from epigram.evaluation.windows import Method, usual_stride
 from epigram.model.generate import Sampling, stream
 from epigram.model.gpt import GPT
 
@@ -92,7 +92,7 @@ class Model:
     def score(self, text: str, *, seq_len: int | None = None, stride: int | None = None) -> TextScore:
         """What each token of `text` costs, as the start of a document.
 
-        Texts longer than `seq_len` (the training context by default) are scored in windows that advance by `stride`.
+        Texts longer than `seq_len` (the training context by default) are scored in windows that advance by `stride` (an eighth of a window).
         """
         if not isinstance(text, str):
             raise TypeError(f"a text is scored, not {type(text).__name__}: decode it first")
@@ -101,7 +101,7 @@ class Model:
         tokens = codec.encode(text)
         if len(tokens) < 2:
             raise UserError("there is nothing to score: the text is empty")
-        method = Method(name="sliding", seq_len=seq_len, stride=max(seq_len // 4, 1) if stride is None else stride)
+        method = Method(name="sliding", seq_len=seq_len, stride=usual_stride(seq_len) if stride is None else stride)
         nats = token_nlls(self.gpt.nll, tokens, method, device=self.gpt.embed.device, batch_tokens=max(seq_len, 8192))
         return TextScore(tokens[1:], nats, codec.count_bytes(tokens))
 

@@ -24,7 +24,7 @@ from epigram.errors import UserError
 from epigram.evaluation.adapt_config import AdaptConfig
 from epigram.evaluation.probes import Finding
 from epigram.evaluation.scorer import score
-from epigram.evaluation.windows import METHODS, Method, StreamingConfig, stride_of
+from epigram.evaluation.windows import METHODS, Method, StreamingConfig, stride_of, usual_stride
 from epigram.model.config import ModelConfig
 from epigram.model.gpt import GPT
 from epigram.model.rope import rotary_base
@@ -248,7 +248,7 @@ def _require_learning(adapt: AdaptConfig, seq_len: int, num_targets: int) -> Non
 
 def _method(name: str, seq_len: int, stride: int | None, streaming: StreamingConfig | None = None) -> Method:
     """stride: None for an eighth of a window."""
-    width = stride_of(name, seq_len, stride or max(seq_len // 8, 1))
+    width = stride_of(name, seq_len, stride or usual_stride(seq_len))
     return Method(name=name, seq_len=seq_len, stride=width, streaming=streaming or StreamingConfig())
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from epigram.byte_tables import ByteTables
 from epigram.evaluation.scorer import score
-from epigram.evaluation.windows import EvalConfig, Method, batch_size
+from epigram.evaluation.windows import EvalConfig, Method, batch_size, usual_stride
 from epigram.model.cost import forward_flops_per_token
 from epigram.run.bench._profile import profile_steps
 from epigram.run.bench.base import Bench, Work
@@ -41,7 +41,7 @@ def settings(bench: Bench) -> EvalConfig:
         config,
         methods=options.methods or config.methods,
         seq_len=seq_len,
-        stride=options.stride or (max(seq_len // 8, 1) if options.seq_len else config.stride),
+        stride=options.stride or (usual_stride(seq_len) if options.seq_len else config.stride),
         batch_tokens=max(config.batch_tokens, seq_len),
     )
 
