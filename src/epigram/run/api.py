@@ -92,7 +92,8 @@ class Model:
     def score(self, text: str, *, seq_len: int | None = None, stride: int | None = None) -> TextScore:
         """What each token of `text` costs, as the start of a document.
 
-        Texts longer than `seq_len` (the training context by default) are scored in windows that advance by `stride` (an eighth of a window).
+        Texts longer than `seq_len` (the training context by default) are scored in windows that advance by `stride` (an
+        eighth of one by default).
         """
         if not isinstance(text, str):
             raise TypeError(f"a text is scored, not {type(text).__name__}: decode it first")
