@@ -157,9 +157,9 @@ class RunConfig:
     cuda_graphs: replay a lane's launches as one, "auto" (with fused kernels on CUDA), "on", "off".
     log_every, val_every: steps between log lines and between validations (0: none; the first ten steps and long silence
     are told where any are, and the finished model is scored in any case). val_tokens: a validation on the way reads so
-    many tokens of the split. checkpoint_every_s, checkpoint_keep: seconds of the
-    budget's clock between checkpoints (0: only at the end) and how many stay (0: all). check_every: steps between
-    comparisons of all processes' weights (0: none); one more comes at the end.
+    many tokens of the split. checkpoint_every_s, checkpoint_keep: seconds of the budget's clock between checkpoints (0:
+    only at the end) and how many stay (0: all). check_every: steps between comparisons of all processes' weights (0:
+    none); one more comes at the end.
     writers: extra metrics writers (tensorboard, wandb). sample_prompt: text that the finished model continues, by
     sample_tokens tokens (0: no sample). compressors: put general compressors' bits per byte for the validation text
     beside the model's, at the end.

@@ -36,7 +36,6 @@ def load(package: str, name: str) -> ModuleType:
     """
     if reason := why_unknown(package, name):
         raise UserError(reason)
-    others = ", ".join(other for other in names(package) if other != name)
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
@@ -44,7 +43,7 @@ def load(package: str, name: str) -> ModuleType:
             raise
         raise UserError(
             f"{name!r} needs the library {error.name!r}, which is not installed: pip install {error.name}, "
-            f"or choose another of {others}"
+            f"or choose another of {_others(package, name)}"
         ) from error
     # Installed, but broken: built for another torch, say, or a part is missing.
     except (ImportError, OSError, RuntimeError) as error:
@@ -52,5 +51,9 @@ def load(package: str, name: str) -> ModuleType:
             raise
         raise UserError(
             f"{name!r} needs a library that is installed and does not load ({error}): install it again, "
-            f"or choose another of {others}"
+            f"or choose another of {_others(package, name)}"
         ) from error
+
+
+def _others(package: str, name: str) -> str:
+    return ", ".join(other for other in names(package) if other != name)

@@ -1,8 +1,8 @@
-"""Plain values (tables, arrays, numbers, text) into typed dataclasses; every problem in one message."""
+"""Plain values (tables, arrays, numbers, text), and typed dataclasses of them; every problem in one message."""
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -131,3 +131,19 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if is_dataclass(hint):
             yield from _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of what nested tables hold."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Dotted names, sorted, of the leaves that two nested tables do not have alike."""
+    left, right = dict(leaves(one)), dict(leaves(other))
+    names = sorted(left.keys() | right.keys())
+    return [name for name in names if name not in left or name not in right or left[name] != right[name]]

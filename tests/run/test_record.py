@@ -451,6 +451,9 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
     assert not machine.commit()["changed"]
     (inside / "run" / "plugin.py").write_text("")
     assert machine.commit()["changed"]
+    (tmp_path / "link").symlink_to(inside)
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "link" / "run" / "machine.py"))
+    assert machine.commit()["hash"] == git("rev-parse", "HEAD"), "on the way through a link"
 
 
 def command_of(*words: str, cwd: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Open a data folder: one that `epigram data build` wrote, or a bare one in the published layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +47,7 @@ class DataFolder:
     def split(self, name: str) -> tuple[Shard, ...]:
         """Shards of "train" or "val" in order; DataError when the folder has none."""
         if not self.shards.get(name):
-            raise DataError(
-                f"{self.path} has no {name} shards: it has {', '.join(filter(self.shards.get, SPLITS)) or 'none'}"
-            )
+            raise _no_shards(self.path, name, filter(self.shards.get, SPLITS))
         return self.shards[name]
 
     def num_tokens(self, name: str) -> int:
@@ -168,6 +166,10 @@ def is_published_layout(folder: Path) -> bool:
     return any(published_shards(folder, split) for split in SPLITS)
 
 
+def _no_shards(folder: Path, split: str, others: Iterable[str]) -> DataError:
+    return DataError(f"{folder} has no {split} shards: it has {', '.join(others) or 'none'}")
+
+
 def _open_built(folder: Path, tokenizer_file: Path | None, splits: Sequence[str]) -> DataFolder:
     manifest = read_manifest(folder)
     if tokenizer_file is not None and sha256_of(tokenizer_file) != manifest.tokenizer.sha256:
@@ -176,7 +178,7 @@ def _open_built(folder: Path, tokenizer_file: Path | None, splits: Sequence[str]
         )
     for split in splits:
         if split not in manifest.splits:
-            raise DataError(f"{folder} has no {split} shards: it has {', '.join(manifest.splits)}")
+            raise _no_shards(folder, split, manifest.splits)
     shards: dict[str, tuple[Shard, ...]] = {}
     for split in splits:
         opened = []

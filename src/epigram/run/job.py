@@ -35,6 +35,7 @@ from epigram.run.train import figures, is_complete, save_checkpoint, train
 from epigram.run.train import resume as resume_session
 from epigram.run.warmup import warm_up
 from epigram.run.weights import ARTIFACT, TOKENIZER, final_weights, load_model
+from epigram.typed import differing
 
 _AFTER_TRAINING = ("recipe", "summary", "data.", "quant.", "artifact.", "score.", "run.", "budget.score_s")
 """Beginnings of the names of settings that the steps after training read, or that only describe."""
@@ -144,20 +145,9 @@ def run_config(run: Path, overrides: Sequence[str]) -> Config:
 def _require_same_training(trained: Config, config: Config, why: str) -> None:
     """Raise UserError where settings differ that nothing after training reads: the folder would tell of a training that
     never was."""
-    before, after = _settings(to_tree(trained)), _settings(to_tree(config))
-    changed = [
-        name for name in before | after if before.get(name) != after.get(name) and not name.startswith(_AFTER_TRAINING)
-    ]
-    if changed:
+    names = differing(to_tree(trained), to_tree(config))
+    if changed := [name for name in names if not name.startswith(_AFTER_TRAINING)]:
         raise UserError(f"{why} ({', '.join(changed)}): train one with such settings")
-
-
-def _settings(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """The values of a tree of settings by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _settings(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return found
 
 
 def _data_of(saved: checkpoint.Checkpoint) -> str:

@@ -91,9 +91,10 @@ def commit() -> dict[str, Any] | None:
 
     changed: whether any file of the package differs from that commit, or is not in it.
     """
-    folder = Path(__file__).resolve().parents[1]
+    file = Path(__file__).resolve()
+    folder = file.parents[1]
     # An installed copy may lie inside a repository of the user's; then its files are not tracked there.
-    if _output("git", "-C", str(folder), "ls-files", "--error-unmatch", __file__) is None:
+    if _output("git", "-C", str(folder), "ls-files", "--error-unmatch", str(file)) is None:
         return None
     found = _output("git", "-C", str(folder), "rev-parse", "HEAD")
     if found is None:

@@ -36,7 +36,7 @@ from epigram.run.probe import check, probe
 from epigram.run.record import CONFIG, RESULT, final_line
 from epigram.run.setup import CACHE, Losses, scoring_losses
 from epigram.run.speed import Work, scoring_work
-from epigram.run.weights import TOKENIZER, load_model
+from epigram.run.weights import TOKENIZER, load_model, run_folder
 
 
 def tokens_a_forward(batch_tokens: int, seq_len: int, context: Context) -> int:
@@ -231,11 +231,9 @@ def unlike_training(seq_len: int, trained: Collection[int], config: ModelConfig)
 
 def _trained_lens(path: Path) -> set[int]:
     """Lengths of the lanes that the model at `path` was trained with; none where no run folder says it."""
-    places = (path, path.parent.parent) if path.is_dir() else (path.parent,)  # a run folder or a checkpoint, or a file
-    for folder in places:
-        if (folder / CONFIG).is_file():
-            with suppress(UserError):  # another program's file may be called so
-                return load_recipe(str(folder / CONFIG)).seq_lens
+    if run := run_folder(path):
+        with suppress(UserError):  # another program's file may be called so
+            return load_recipe(str(run / CONFIG)).seq_lens
     return set()
 
 

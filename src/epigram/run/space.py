@@ -57,7 +57,7 @@ def check_memory(config: Config, device_type: str) -> None:
     available, needed = memory_bytes(), at_a_time * token_memory_bytes(config.model)
     if device_type == "cuda" or available is None or needed <= available:
         return
-    longest = max(lane.seq_len for lane in config.flat_lanes)
+    longest = config.context_len
     smaller = f"set run.micro_tokens={at_a_time // 2} or less (a lane is computed in parts of whole sequences)"
     if at_a_time <= longest:
         smaller = "make the lane's seq_len shorter (a sequence is computed whole)"

@@ -258,7 +258,7 @@ def resume(session: Session, saved: checkpoint.Checkpoint) -> None:
 
 
 def is_complete(session: Session) -> bool:
-    """Whether a session that `resume` has put together has no step left to take."""
+    """Whether a session that `resume` has put together has no step left to take. `train` starts the clock anew."""
     session.clock.start(session.trained_s)
     return _is_over(session, session.clock.elapsed_s(session.step))
 

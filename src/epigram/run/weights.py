@@ -107,8 +107,7 @@ def _outline(config: ModelConfig, stored: Stored, path: Path) -> GPT:
 
 
 def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None, precision: str) -> Model:
-    run = path if (path / CONFIG).is_file() else path.resolve().parent.parent
-    if not (run / CONFIG).is_file():
+    if (run := run_folder(path)) is None:
         raise UserError(f"{path} is neither a run folder nor a checkpoint in one: there is no {CONFIG}")
     config = load_recipe(str(run / CONFIG))
     saved = checkpoint.load(path)
@@ -120,6 +119,13 @@ def _from_checkpoint(path: Path, context: Context, tokenizer: Tokenizer | None, 
     transform = saved.state["facts"].get("transform", "")
     precision = precision or config.run.precision
     return _ready(model, context, _needed(tokenizer, path), config.context_len, info, transform, precision)
+
+
+def run_folder(path: Path) -> Path | None:
+    """The run folder that a model lies in: itself, or that of an artifact or a checkpoint; None outside of any."""
+    beside = path.resolve().parent
+    places = (path, beside.parent) if path.is_dir() else (beside,)
+    return next((folder for folder in places if (folder / CONFIG).is_file()), None)
 
 
 def final_weights(saved: checkpoint.Checkpoint, *, averaged: bool = True) -> dict[str, torch.Tensor]:

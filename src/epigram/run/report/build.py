@@ -79,7 +79,8 @@ def build(folders: Sequence[Path], out: Path) -> list[Run]:
     """
     if out.exists() and not _is_report(out):
         raise UserError(f"{out} is no report, and would be lost: name another file with --out")
-    if twice := [folder for i, folder in enumerate(folders) if folder.resolve() in [f.resolve() for f in folders[:i]]]:
+    places = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
         raise UserError(f"{twice[0]} comes twice: name each run once")
     runs = [read_run(folder) for folder in folders]
     page = render(runs)

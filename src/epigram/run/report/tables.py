@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from epigram.run.report.reader import is_number
+from epigram.typed import leaves
 
 # Headings of keys that need more than their underscores replaced. A unit goes into the heading, not into the
 # cells.
@@ -117,13 +118,7 @@ def _words(value: Any) -> str:
 
 def pairs(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of the leaves of nested tables, names dotted."""
-    found = []
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            found += [(f"{key}.{name}", words) for name, words in pairs(value)]
-        else:
-            found.append((str(key), _words(value)))
-    return found
+    return [(name, _words(value)) for name, value in leaves(table)]
 
 
 def duration(seconds: float) -> str:

@@ -163,12 +163,18 @@ def _require_fit(sources: Sequence[Source], code_bytes: int, form: str) -> None:
             )
 
 
+def _command(words: Sequence[Any]) -> str:
+    """What a run says was typed, without the folder that the program lay in."""
+    program, *rest = map(str, words)
+    return " ".join([Path(program).name, *rest])
+
+
 def _write_run(source: Source, folder: Path, artifacts: bool) -> LogFacts:
     """The log, and the artifact, of one seed; returns what the log says."""
     path = folder / f"train_seed{source.seed}.log"
     facts = source.environment
     head = {
-        "command": " ".join(["epigram", *map(str, facts.get("command", [])[1:])]),
+        "command": _command(facts.get("command") or ["epigram"]),
         "commit": json.dumps(facts.get("commit")),
         "versions": " ".join(f"{name}={version}" for name, version in facts.get("versions", {}).items()),
         "platform": facts.get("platform"),

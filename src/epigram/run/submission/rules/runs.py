@@ -14,6 +14,7 @@ from epigram.run.submission.findings import Finding
 from epigram.run.submission.logs import LogFacts
 from epigram.run.submission.record import Record
 from epigram.run.submission.rules.limits import Limits
+from epigram.typed import differing
 
 _MOST_ODD = 5  # of a log that are listed
 _FEW_LOSSES = 4  # may be alike by chance, with few digits
@@ -70,17 +71,7 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """
     with suppress(UserError):  # of another release
         a, b = (to_tree(parse_config(dict(tree))) for tree in (a, b))
-    left, right = _flat(a), _flat(b)
-    keys = sorted((left.keys() | right.keys()) - {"seed", "artifact.code_bytes"})
-    return [key for key in keys if key not in left or key not in right or left[key] != right[key]]
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Dotted name -> value."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
-    return found
+    return [name for name in differing(a, b) if name not in ("seed", "artifact.code_bytes")]
 
 
 def adaptation(record: Record) -> Iterator[Finding]:
